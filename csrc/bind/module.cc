@@ -1,0 +1,9 @@
+#include "bind/bind.h"
+
+NB_MODULE(_core, m) {
+  m.doc() = "kvmem's native core: hashes, the prefix index with its pool, and block copy.";
+  kvmem::bind::RegisterHash(m);
+  kvmem::bind::RegisterCursor(m);
+  kvmem::bind::RegisterIndex(m);
+  kvmem::bind::RegisterCopy(m);
+}

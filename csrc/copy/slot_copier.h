@@ -1,0 +1,110 @@
+// Moves blocks between the engine's device memory (here: a CPU engine's) and arena slots, and
+// proves that what comes back is what went in.
+//
+// Thread safety: Store() and Load() may be called from any thread, also at the same time.
+// RegisterLayers() comes before either, once.
+//
+// A block is `n_layers` pieces, each at base[layer] + block_id * stride[layer]; a slot is the same
+// pieces side by side. The checksum is XXH3-64 of the slot's bytes in that order, taken from the
+// bytes as they were written to the destination: from the registers that were stored, or from a
+// private buffer between the two sides. So a source that changes during the copy cannot make a
+// wrong destination pass (I5).
+//
+// Invariants
+//   S1  No byte outside the registered blocks and the arena's slots is touched: ids are checked
+//       first, each by itself.
+//   S2  kOk from Load() means that the slot said, before and after the copy, that it holds this
+//       key, namespace, group and generation, complete (I1); with verify also that the bytes now
+//       in the block have the checksum recorded when they were stored. On any other status the
+//       block's bytes are undefined and must be computed.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "copy/cpu/kernels.h"
+#include "copy/slot_table.h"
+#include "support/thread_pool.h"
+
+namespace kvmem {
+
+enum class CopyStatus : uint8_t {
+  kOk = 0,
+  kIdentity = 1,    // the slot holds another block, or is not complete
+  kGeneration = 2,  // the slot has moved on, before or during the copy
+  kChecksum = 3,    // the bytes are not the ones stored
+  kRange = 4,       // no such block or slot
+};
+
+// One layer of the device cache.
+struct Layer {
+  std::byte* base;
+  uint64_t stride;  // bytes from a block to the next
+  uint64_t piece;   // bytes of a block in this layer
+};
+
+// What to copy; every array has n entries, keys 32 * n bytes. Owned by the caller.
+struct CopyRequest {
+  size_t n;
+  const int32_t* block_ids;
+  const int32_t* slots;
+  const uint64_t* generations;
+  const std::byte* keys;
+};
+
+class SlotCopier {
+ public:
+  // `threads` counts the caller.
+  SlotCopier(SlotTable table, int threads, CpuPath path);
+
+  // False and a sentence in *error when the layers do not make a slot.
+  // ENSURES: on false nothing has changed.
+  bool RegisterLayers(std::vector<Layer> layers, uint64_t n_blocks, std::string* error);
+  bool registered() const { return !layers_.empty(); }
+
+  // Device to arena. kGeneration: the slot already has this generation or a later one (unless it
+  // holds the very same block complete: then kOk and its checksum, and nothing is copied).
+  // REQUIRES: registered(); the slots differ; no block changes and no slot is given away until
+  // this returns (I3).
+  void Store(const CopyRequest& request, CopyStatus* status, uint64_t* checksums);
+
+  // Arena to device; verify[i] != 0 compares the checksum. REQUIRES: registered(); the blocks
+  // differ and are the caller's to write.
+  void Load(const CopyRequest& request, const uint8_t* verify, CopyStatus* status);
+
+  const SlotTable& table() const { return table_; }
+  int threads() const { return pool_.threads(); }
+  CpuPath path() const { return kernels_->path; }
+
+ private:
+  struct Job;
+  enum class Direction { kToArena, kToDevice };
+
+  bool InRange(const CopyRequest& request, size_t i) const;
+  void StoreGroup(const Job& job, size_t first, size_t count);
+  void LoadGroup(const Job& job, size_t first, size_t count);
+  void Run(const Job& job, size_t n, void (SlotCopier::*group)(const Job&, size_t, size_t));
+  // Copies up to kMaxLanes blocks and gives the digest of each.
+  void CopyHashed(const Job& job, Direction direction, const size_t* items, int n_items,
+                  uint64_t* digests);
+  void CopyInStep(const Job& job, Direction direction, const size_t* items, int n_items,
+                  uint64_t* digests);
+  uint64_t CopyStaged(const Job& job, Direction direction, size_t item);
+  void CopyUnhashed(const Job& job, size_t item);
+
+  // Immutable after construction.
+  const SlotTable table_;
+  const CopyKernels* const kernels_;
+
+  // Immutable after RegisterLayers().
+  std::vector<Layer> layers_;
+  uint64_t n_blocks_ = 0;
+  bool in_step_to_arena_ = false;
+  bool in_step_to_device_ = false;
+
+  ThreadPool pool_;
+};
+
+}  // namespace kvmem

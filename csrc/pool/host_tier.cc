@@ -1,0 +1,394 @@
+#include "pool/host_tier.h"
+
+#include <algorithm>
+
+namespace kvmem {
+namespace {
+
+constexpr size_t kLeastGone = 1024;
+
+uint32_t MarkOf(Fate fate) { return static_cast<uint32_t>(fate); }
+
+uint64_t PerBlock(size_t bytes, uint32_t n_slots) { return (bytes + n_slots - 1) / n_slots; }
+
+}  // namespace
+
+std::unique_ptr<HostTier> HostTier::Create(uint32_t n_slots, std::string_view order) {
+  std::unique_ptr<HostTier> tier(new HostTier(n_slots, order));
+  return tier->order_ ? std::move(tier) : nullptr;
+}
+
+HostTier::HostTier(uint32_t n_slots, std::string_view order)
+    : index_(n_slots),
+      gone_(std::max(kLeastGone, size_t{n_slots} + n_slots / 2)),
+      links_(n_slots),
+      order_(MakeOrder(order, index_, &links_)) {
+  for (SlotId slot = 0; slot < n_slots; ++slot) links_.PushBack(&free_, slot);
+}
+
+Fate HostTier::Why(const Key& key) const {
+  // The index first: a block is remembered as gone before it leaves the index.
+  switch (index_.StateOf(key)) {
+    case BlockState::kPending:
+      return Fate::kPending;
+    case BlockState::kPublished:
+      return Fate::kPublished;
+    default:
+      return static_cast<Fate>(gone_.Mark(key));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Reading: leases
+
+HostTier::Acquired HostTier::Acquire(const KeyList& keys, size_t start, size_t limit) {
+  Acquired acquired;
+  limit = std::min(limit, keys.size());
+  const std::lock_guard lock(mutex_);
+  size_t n = index_.Match(keys, limit, std::min(start, limit));
+  if (n == 0) return acquired;
+  const SlotId deepest = index_.Find(keys.At(n - 1));
+  const size_t n_wanted = n > start ? n - start : 0;
+  acquired.slots.resize(n_wanted);
+  acquired.generations.resize(n_wanted);
+  SlotId slot = deepest;
+  for (size_t i = n_wanted; i-- > 0; slot = index_.parent(slot)) {
+    // I1: the walk goes by parents, the promise by keys; keys that are no chain match nothing.
+    if (slot == kNoSlot || index_.key(slot) != keys.At(start + i)) return Acquired{};
+    acquired.slots[i] = static_cast<int32_t>(slot);
+    acquired.generations[i] = index_.generation(slot);
+  }
+  acquired.n = n;
+  order_->Use(deepest);
+  if (n_wanted == 0) return acquired;
+  leases_.emplace(next_lease_, deepest);
+  acquired.lease = next_lease_++;
+  n_leased_ += index_.leases(deepest) == 0;
+  index_.AddLease(deepest);
+  return acquired;
+}
+
+LeaseResult HostTier::Extend(uint64_t lease, const KeyList& keys, size_t n) {
+  const std::lock_guard lock(mutex_);
+  const auto found = leases_.find(lease);
+  if (found == leases_.end()) return LeaseResult::kUnknownLease;
+  const SlotId from = found->second;
+  const size_t depth = index_.depth(from);
+  if (n <= depth || index_.state(from) != BlockState::kPublished) return LeaseResult::kOk;
+  if (index_.key(from) != keys.At(depth - 1)) return LeaseResult::kNotBelow;
+  const size_t deepest = index_.Match(keys, n, depth);
+  const SlotId to = index_.Find(keys.At(deepest - 1));
+  // I3: the lease may only move to where it still holds the blocks it held.
+  SlotId above = to;
+  while (above != kNoSlot && index_.depth(above) > depth) above = index_.parent(above);
+  if (above != from) return LeaseResult::kNotBelow;
+  if (to == from) return LeaseResult::kOk;
+  n_leased_ += index_.leases(to) == 0;
+  index_.AddLease(to);
+  DropLease(from);
+  found->second = to;
+  return LeaseResult::kOk;
+}
+
+bool HostTier::Release(uint64_t lease) {
+  const std::lock_guard lock(mutex_);
+  const auto found = leases_.find(lease);
+  if (found == leases_.end()) return false;
+  const SlotId slot = found->second;
+  leases_.erase(found);
+  DropLease(slot);
+  if (index_.state(slot) == BlockState::kPublished) {
+    if (index_.leases(slot) == 0) order_->Rest(slot);
+  } else {
+    LetGo(slot);
+  }
+  return true;
+}
+
+void HostTier::DropLease(SlotId slot) {
+  index_.DropLease(slot);
+  n_leased_ -= index_.leases(slot) == 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Writing: reserve, then publish or abandon
+
+HostTier::Reserved HostTier::Reserve(const KeyList& keys, size_t start, size_t stop) {
+  Reserved reserved;
+  reserved.index.reserve(stop - start);
+  reserved.slots.reserve(stop - start);
+  reserved.generations.reserve(stop - start);
+  const std::lock_guard lock(mutex_);
+  SlotId parent = kNoSlot;
+  if (start > 0) {
+    parent = index_.Find(keys.At(start - 1));
+    if (parent == kNoSlot || index_.depth(parent) != start) {
+      reserved.result = ReserveResult::kNoParent;
+      return reserved;
+    }
+  }
+  for (size_t i = start; i < stop; ++i) {
+    const Key key = keys.At(i);
+    const SlotId present = index_.Find(key);
+    if (present != kNoSlot) {
+      if (index_.parent(present) != parent) {
+        reserved.result = ReserveResult::kNoParent;
+        break;
+      }
+      parent = present;
+      continue;
+    }
+    const SlotId slot = TakeSlot(parent);
+    if (slot == kNoSlot) {
+      reserved.result = ReserveResult::kNoRoom;
+      break;
+    }
+    index_.Add(slot, key, parent);
+    links_.PushBack(&pending_, slot);
+    reserved.index.push_back(static_cast<int32_t>(i));
+    reserved.slots.push_back(static_cast<int32_t>(slot));
+    reserved.generations.push_back(index_.generation(slot));
+    parent = slot;
+  }
+  return reserved;
+}
+
+// A free slot, or a victim's. The new block's parent, and with it every ancestor, must not be the
+// victim: until the block hangs below it, a lease for the length of this call holds it.
+SlotId HostTier::TakeSlot(SlotId parent) {
+  SlotId slot = links_.PopFront(&free_);
+  if (slot != kNoSlot) return slot;
+  if (parent != kNoSlot) index_.AddLease(parent);
+  const SlotId victim = order_->PopVictim(pending_.size);
+  if (victim != kNoSlot) {
+    Evict(victim);
+    slot = links_.PopFront(&free_);
+  }
+  if (parent != kNoSlot) {
+    index_.DropLease(parent);
+    // The order may have put it aside as leased; with no child to come it must come back.
+    if (slot == kNoSlot && index_.Evictable(parent)) order_->Rest(parent);
+  }
+  return slot;
+}
+
+// REQUIRES: the order has forgotten the slot already.
+void HostTier::Evict(SlotId slot) {
+  gone_.Add(index_.key(slot), MarkOf(Fate::kEvicted));
+  const SlotId parent = index_.parent(slot);
+  --n_published_;
+  ++evictions_;
+  FreeSlot(slot);
+  if (parent != kNoSlot && index_.children(parent) == 0 &&
+      index_.state(parent) == BlockState::kPublished) {
+    order_->Bare(parent);
+  }
+}
+
+void HostTier::FreeSlot(SlotId slot) {
+  index_.Free(slot);
+  links_.PushBack(&free_, slot);
+}
+
+size_t HostTier::Publish(const int32_t* slots, const uint64_t* generations,
+                         const uint64_t* checksums, size_t n) {
+  const std::lock_guard lock(mutex_);
+  size_t n_done = 0;
+  for (size_t i = 0; i < n; ++i) {
+    if (!Owns(slots[i], generations[i])) continue;
+    const SlotId slot = static_cast<SlotId>(slots[i]);
+    const BlockState state = index_.state(slot);
+    if (state != BlockState::kPending && state != BlockState::kOrphan) continue;
+    const SlotId parent = index_.parent(slot);
+    const bool closed = parent == kNoSlot || index_.state(parent) == BlockState::kPublished;  // I2
+    if (state == BlockState::kOrphan || !closed) {
+      AbandonSlot(slot);
+      continue;
+    }
+    links_.Remove(&pending_, slot);
+    index_.Publish(slot, checksums[i], kTierHost);  // I4
+    order_->Admit(slot);
+    ++n_published_;
+    ++n_done;
+  }
+  inserts_ += n_done;
+  return n_done;
+}
+
+size_t HostTier::Abandon(const int32_t* slots, const uint64_t* generations, size_t n) {
+  const std::lock_guard lock(mutex_);
+  size_t n_freed = 0;
+  for (size_t i = 0; i < n; ++i) {
+    if (!Owns(slots[i], generations[i])) continue;
+    const SlotId slot = static_cast<SlotId>(slots[i]);
+    const BlockState state = index_.state(slot);
+    if (state != BlockState::kPending && state != BlockState::kOrphan) continue;
+    AbandonSlot(slot);
+    ++n_freed;
+  }
+  return n_freed;
+}
+
+// A pending or orphaned slot whose writer is done with it.
+void HostTier::AbandonSlot(SlotId slot) {
+  ++abandoned_;
+  if (index_.state(slot) == BlockState::kOrphan) {
+    --n_orphaned_;
+    FreeSlot(slot);
+    return;
+  }
+  if (index_.children(slot) > 0) OrphanBelow(slot);
+  gone_.Add(index_.key(slot), MarkOf(Fate::kAbandoned));
+  const SlotId parent = index_.parent(slot);
+  links_.Remove(&pending_, slot);
+  FreeSlot(slot);
+  if (parent != kNoSlot && index_.Evictable(parent)) order_->Rest(parent);
+}
+
+// What is below a pending block is pending, and stands behind it in the list, parents first.
+void HostTier::OrphanBelow(SlotId root) {
+  for (SlotId slot = links_.Next(root), next; slot != kNoSlot; slot = next) {
+    next = links_.Next(slot);
+    const SlotId parent = index_.parent(slot);
+    if (parent == kNoSlot) continue;
+    if (parent == root || index_.state(parent) == BlockState::kOrphan) Orphan(slot);
+  }
+}
+
+void HostTier::Orphan(SlotId slot) {
+  gone_.Add(index_.key(slot), MarkOf(Fate::kAbandoned));
+  links_.Remove(&pending_, slot);
+  index_.Detach(slot);
+  ++n_orphaned_;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Taking out of matching
+
+size_t HostTier::Quarantine(int32_t slot, uint64_t generation) {
+  const std::lock_guard lock(mutex_);
+  if (!Owns(slot, generation)) return 0;
+  const SlotId root = static_cast<SlotId>(slot);
+  const BlockState state = index_.state(root);
+  if (state != BlockState::kPending && state != BlockState::kPublished) return 0;
+  const SlotId parent = index_.parent(root);
+  const std::vector<SlotId> subtree = Subtree(root);
+  for (const SlotId below : subtree) {
+    gone_.Add(index_.key(below), MarkOf(Fate::kQuarantined));
+    if (index_.state(below) == BlockState::kPending) {
+      links_.Remove(&pending_, below);
+      ++n_orphaned_;
+    } else {
+      order_->Drop(below);
+      --n_published_;
+    }
+    index_.Detach(below);
+  }
+  for (const SlotId below : subtree) {
+    if (index_.state(below) == BlockState::kCondemned) LetGo(below);
+  }
+  if (parent != kNoSlot && index_.Evictable(parent)) order_->Rest(parent);
+  quarantined_ += subtree.size();
+  return subtree.size();
+}
+
+// The pending and published blocks of a subtree, deepest first, so that taking them out in this
+// order keeps every instant prefix-closed for readers (I2).
+std::vector<SlotId> HostTier::Subtree(SlotId root) const {
+  enum Place : uint8_t { kUnseen, kIn, kOut };
+  std::vector<uint8_t> place(index_.n_slots(), kUnseen);
+  place[root] = kIn;
+  std::vector<SlotId> path;
+  std::vector<SlotId> members;
+  for (SlotId slot = 0; slot < index_.n_slots(); ++slot) {
+    const BlockState state = index_.state(slot);
+    if (state != BlockState::kPending && state != BlockState::kPublished) continue;
+    path.clear();
+    SlotId above = slot;
+    for (; above != kNoSlot && place[above] == kUnseen; above = index_.parent(above)) {
+      path.push_back(above);
+    }
+    const uint8_t found = above == kNoSlot ? uint8_t{kOut} : place[above];
+    for (const SlotId passed : path) place[passed] = found;
+    if (place[slot] == kIn) members.push_back(slot);
+  }
+  std::sort(members.begin(), members.end(),
+            [&](SlotId a, SlotId b) { return index_.depth(a) > index_.depth(b); });
+  return members;
+}
+
+// Frees a condemned block that nobody holds any more, and the ancestors it kept.
+void HostTier::LetGo(SlotId slot) {
+  while (slot != kNoSlot && index_.state(slot) == BlockState::kCondemned &&
+         index_.children(slot) == 0 && index_.leases(slot) == 0) {
+    const SlotId parent = index_.parent(slot);
+    FreeSlot(slot);
+    slot = parent;
+  }
+  // A condemned block under a published one (quarantine) held it, too.
+  if (slot != kNoSlot && index_.Evictable(slot)) order_->Rest(slot);
+}
+
+size_t HostTier::Clear() {
+  const std::lock_guard lock(mutex_);
+  for (SlotId slot = 0; slot < index_.n_slots(); ++slot) {
+    const BlockState state = index_.state(slot);
+    if (state == BlockState::kPending) {
+      links_.Remove(&pending_, slot);
+      ++n_orphaned_;
+    }
+    if (state == BlockState::kPending || state == BlockState::kPublished) {
+      gone_.Add(index_.key(slot), MarkOf(Fate::kCleared));
+    }
+  }
+  const size_t n_out = n_published_;
+  n_published_ = 0;
+  order_->DropAll();
+  index_.DetachAll();
+  for (SlotId slot = 0; slot < index_.n_slots(); ++slot) LetGo(slot);
+  cleared_ += n_out;
+  return n_out;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Looking
+
+bool HostTier::Owns(int32_t slot, uint64_t generation) const {
+  return slot >= 0 && static_cast<uint32_t>(slot) < index_.n_slots() &&
+         index_.state(static_cast<SlotId>(slot)) != BlockState::kFree &&
+         index_.generation(static_cast<SlotId>(slot)) == generation;
+}
+
+std::optional<uint64_t> HostTier::Checksum(int32_t slot, uint64_t generation) const {
+  const std::lock_guard lock(mutex_);
+  if (!Owns(slot, generation)) return std::nullopt;
+  const BlockState state = index_.state(static_cast<SlotId>(slot));
+  if (state != BlockState::kPublished && state != BlockState::kCondemned) return std::nullopt;
+  return index_.checksum(static_cast<SlotId>(slot));
+}
+
+HostTier::Stats HostTier::GetStats() const {
+  const std::lock_guard lock(mutex_);
+  const uint32_t n = index_.n_slots();
+  const uint64_t known = free_.size + pending_.size + n_published_ + n_orphaned_;
+  const size_t block_bytes = index_.bytes() - size_t{n} * kKeyBytes + links_.bytes();
+  return Stats{
+      .n_slots = n,
+      .free = free_.size,
+      .pending = pending_.size,
+      .published = n_published_,
+      .orphaned = n_orphaned_,
+      .condemned = n - known,
+      .leases = leases_.size(),
+      .leased = n_leased_,
+      .inserts = inserts_,
+      .evictions = evictions_,
+      .abandoned = abandoned_,
+      .quarantined = quarantined_,
+      .cleared = cleared_,
+      .index_bytes_per_block = PerBlock(block_bytes + order_->bytes(), n),
+      .side_bytes_per_block = PerBlock(gone_.bytes() + order_->ghost_bytes(), n),
+  };
+}
+
+}  // namespace kvmem

@@ -1,0 +1,7 @@
+#include "support/version.h"
+
+namespace kvmem {
+
+int AbiVersion() { return kAbiVersion; }
+
+}  // namespace kvmem

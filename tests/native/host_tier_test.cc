@@ -1,0 +1,243 @@
+// HostTier: what CheckIntegrity() must see when a structure is broken on purpose, and writers,
+// readers and lessees side by side. The "bytes" of a slot are a plain array, so that a slot that is
+// reused under a lease, or under a writer, is a data race that ThreadSanitizer reports and a wrong
+// value that CHECK reports.
+#include "pool/host_tier.h"
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "keys.h"
+
+namespace kvmem {
+
+struct PrefixIndexPeer {
+  static auto& Node(PrefixIndex& index, SlotId slot) { return index.nodes_[slot]; }
+  static auto& Cells(PrefixIndex& index) { return index.cells_; }
+  static size_t CellCount(PrefixIndex& index) { return index.n_cells_; }
+  static void SetState(PrefixIndex& index, SlotId slot, BlockState state, uint8_t tiers) {
+    index.SetState(slot, state, tiers);
+  }
+};
+
+struct HostTierPeer {
+  static PrefixIndex& Index(HostTier& tier) { return tier.index_; }
+  static EvictionOrder& Order(HostTier& tier) { return *tier.order_; }
+  static auto& Leases(HostTier& tier) { return tier.leases_; }
+  static SlotLinks& Links(HostTier& tier) { return tier.links_; }
+  static auto& Free(HostTier& tier) { return tier.free_; }
+  static auto& Pending(HostTier& tier) { return tier.pending_; }
+  static void Break(SlotLinks& links, SlotId slot) { links.next_[slot] = slot; }
+};
+
+namespace {
+
+using Peer = HostTierPeer;
+using IndexPeer = PrefixIndexPeer;
+
+size_t Put(HostTier* tier, uint64_t prompt, size_t n) {
+  const HostTier::Reserved got = tier->Reserve(TestChain(prompt, n), 0, n);
+  const std::vector<uint64_t> sums(got.slots.size(), 9);
+  return tier->Publish(got.slots.data(), got.generations.data(), sums.data(), got.slots.size());
+}
+
+// Six published blocks in slots 0..5, a lease on the last, two pending in slots 6 and 7.
+std::unique_ptr<HostTier> Furnished(const std::string& order) {
+  std::unique_ptr<HostTier> tier = HostTier::Create(16, order);
+  CHECK(Put(tier.get(), 1, 6) == 6);
+  CHECK(tier->Acquire(TestChain(1, 6), 0, 6).lease == 1);
+  CHECK(tier->Reserve(TestChain(2, 2), 0, 2).slots.size() == 2);
+  CHECK(tier->CheckIntegrity().empty());
+  return tier;
+}
+
+struct Damage {
+  const char* expected;  // part of a line that must be reported
+  std::function<void(HostTier&)> inflict;
+};
+
+const Damage kDamages[] = {
+    {"I2: the parent of slot 3",
+     [](HostTier& t) { IndexPeer::SetState(Peer::Index(t), 2, BlockState::kCondemned, 0); }},
+    {"index 1: the key of slot 4",
+     [](HostTier& t) { IndexPeer::Node(Peer::Index(t), 4).key[3] ^= 1; }},
+    {"index 1:",
+     [](HostTier& t) {
+       auto& cells = IndexPeer::Cells(Peer::Index(t));
+       for (size_t i = 0; i < IndexPeer::CellCount(Peer::Index(t)); ++i) cells[i] = 0;
+     }},
+    {"index 3: slot 2 counts 5 children",
+     [](HostTier& t) { IndexPeer::Node(Peer::Index(t), 2).children = 5; }},
+    {"I2: the depth of slot 3", [](HostTier& t) { IndexPeer::Node(Peer::Index(t), 3).depth = 9; }},
+    {"I3: slot 5 counts 0 leases",
+     [](HostTier& t) { IndexPeer::Node(Peer::Index(t), 5).leases = 0; }},
+    {"I3: slot 12 is leased and holds no block", [](HostTier& t) { Peer::Leases(t)[7] = 12; }},
+    {"I3: lease 7 names no slot", [](HostTier& t) { Peer::Leases(t)[7] = 999; }},
+    {"I4: the tiers of slot 6",
+     [](HostTier& t) { IndexPeer::SetState(Peer::Index(t), 6, BlockState::kPending, kTierHost); }},
+    {"index 4: readers are told otherwise of slot 1",
+     [](HostTier& t) { IndexPeer::Node(Peer::Index(t), 1).tag.fetch_xor(1u << 7); }},
+    {"I7: the free list", [](HostTier& t) { Peer::Links(t).PopFront(&Peer::Free(t)); }},
+    {"I7: the pending list", [](HostTier& t) { Peer::Links(t).PopFront(&Peer::Pending(t)); }},
+    {"I7: the free list", [](HostTier& t) { Peer::Break(Peer::Links(t), 10); }},
+    {"I7: published or orphaned blocks are miscounted",
+     [](HostTier& t) { IndexPeer::SetState(Peer::Index(t), 5, BlockState::kCondemned, 0); }},
+    {"forgot evictable slot 5",
+     [](HostTier& t) {
+       Peer::Order(t).PopVictim(0);  // goes dormant: it is leased
+       IndexPeer::Node(Peer::Index(t), 5).leases = 0;
+     }},
+};
+
+void EveryDamageIsReported() {
+  for (const std::string& order : OrderNames()) {
+    for (const Damage& damage : kDamages) {
+      const std::unique_ptr<HostTier> tier = Furnished(order);
+      damage.inflict(*tier);
+      bool seen = false;
+      for (const std::string& fault : tier->CheckIntegrity()) {
+        seen |= fault.find(damage.expected) != std::string::npos;
+      }
+      if (!seen) std::fprintf(stderr, "%s: not reported: %s\n", order.c_str(), damage.expected);
+      CHECK(seen);
+    }
+  }
+}
+
+// --- stress ---
+
+constexpr uint32_t kSlots = 96;
+constexpr uint32_t kPrompts = 12;
+constexpr uint32_t kDepth = 16;
+constexpr int kWriters = 2;
+constexpr int kReaders = 2;
+constexpr int kSteps = 20'000;
+
+// Prompts fork: the first half of the blocks is shared by three prompts.
+class Forked final : public KeyList {
+ public:
+  Forked(uint64_t prompt, size_t n) : KeyList(n), prompt_(prompt) {}
+  Key At(size_t i) const override {
+    return i < kDepth / 2 ? TestKey(1000 + prompt_ / 3, i + 1) : TestKey(prompt_, i + 1);
+  }
+
+ private:
+  const uint64_t prompt_;
+};
+
+struct World {
+  std::unique_ptr<HostTier> tier;
+  std::vector<uint64_t> bytes = std::vector<uint64_t>(kSlots);  // plain on purpose
+  std::atomic<int> writers_left{kWriters};
+  std::atomic<uint64_t> served{0};
+  std::atomic<uint64_t> matched{0};
+};
+
+void StoreTurn(World* world, std::mt19937* random, uint32_t prompt) {
+  HostTier& tier = *world->tier;
+  const size_t stop = 1 + (*random)() % kDepth;
+  const Forked keys(prompt, stop);
+  const size_t start = std::min(tier.Match(keys, 0), stop);
+  const HostTier::Reserved got = tier.Reserve(keys, start, stop);
+  std::vector<uint64_t> sums;
+  for (size_t i = 0; i < got.slots.size(); ++i) {
+    world->bytes[got.slots[i]] = Mix(keys.At(got.index[i]));
+    sums.push_back(world->bytes[got.slots[i]]);
+  }
+  const size_t n = got.slots.size();
+  if ((*random)() % 8 == 0) {
+    tier.Abandon(got.slots.data(), got.generations.data(), n);
+  } else {
+    CHECK(tier.Publish(got.slots.data(), got.generations.data(), sums.data(), n) <= n);
+  }
+}
+
+void LoadTurn(World* world, std::mt19937* random, uint32_t prompt) {
+  HostTier& tier = *world->tier;
+  const Forked keys(prompt, kDepth);
+  const size_t start = (*random)() % 3;
+  const HostTier::Acquired got = tier.Acquire(keys, start, kDepth);
+  for (int look = 0; look < 3; ++look) {
+    for (size_t i = 0; i < got.slots.size(); ++i) {
+      // I3: leased, so these bytes are this block's until the release, whatever else happens.
+      CHECK(world->bytes[got.slots[i]] == Mix(keys.At(start + i)));
+      CHECK(tier.Checksum(got.slots[i], got.generations[i]) == Mix(keys.At(start + i)));
+    }
+    if (look == 0 && got.lease != 0) {
+      CHECK(tier.Extend(got.lease, keys, kDepth) == LeaseResult::kOk);
+    }
+    if (look == 1 && !got.slots.empty() && (*random)() % 64 == 0) {
+      const size_t i = (*random)() % got.slots.size();
+      tier.Quarantine(got.slots[i], got.generations[i]);
+      CHECK(tier.Why(keys.At(start + i)) != Fate::kUnknown);
+    }
+  }
+  if (got.lease != 0) CHECK(tier.Release(got.lease));
+  world->served += got.slots.size();
+}
+
+void WriteAndServe(World* world, uint32_t seed) {
+  std::mt19937 random(seed);
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t prompt = random() % kPrompts;
+    if (random() % 2 == 0) {
+      StoreTurn(world, &random, prompt);
+    } else {
+      LoadTurn(world, &random, prompt);
+    }
+    if (random() % 2048 == 0) world->tier->Clear();
+    if (step % 1024 == 0) CHECK(world->tier->CheckIntegrity().empty());
+  }
+  --world->writers_left;
+}
+
+void Read(World* world, uint32_t seed) {
+  std::mt19937 random(seed);
+  uint64_t matched = 0;
+  while (world->writers_left.load() > 0) {
+    const Forked keys(random() % kPrompts, kDepth);
+    const size_t n = world->tier->Match(keys, random() % (kDepth + 1));
+    CHECK(n <= kDepth);
+    matched += n;
+    (void)world->tier->Why(keys.At(random() % kDepth));
+  }
+  world->matched += matched;
+}
+
+void LeasedBytesHoldBesideWriters() {
+  for (const std::string& order : OrderNames()) {
+    World world;
+    world.tier = HostTier::Create(kSlots, order);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < kWriters; ++i) threads.emplace_back(WriteAndServe, &world, 10 + i);
+    for (int i = 0; i < kReaders; ++i) threads.emplace_back(Read, &world, 20 + i);
+    for (std::thread& thread : threads) thread.join();
+    const HostTier::Stats stats = world.tier->GetStats();
+    std::printf(
+        "%s: %llu blocks served, %llu matched, %llu evicted, %llu "
+        "quarantined\n",
+        order.c_str(), static_cast<unsigned long long>(world.served),
+        static_cast<unsigned long long>(world.matched),
+        static_cast<unsigned long long>(stats.evictions),
+        static_cast<unsigned long long>(stats.quarantined));
+    CHECK(world.served > 0 && stats.evictions > 0 && stats.quarantined > 0);
+    CHECK(world.tier->CheckIntegrity().empty());
+    // Every lease ended and every writer reported: nothing may be left in between.
+    CHECK(stats.leases == 0 && stats.leased == 0 && stats.pending == 0);
+    CHECK(stats.orphaned == 0 && stats.condemned == 0);
+    CHECK(stats.free + stats.published == kSlots);
+  }
+}
+
+}  // namespace
+}  // namespace kvmem
+
+int main() {
+  kvmem::EveryDamageIsReported();
+  kvmem::LeasedBytesHoldBesideWriters();
+}
