@@ -1,0 +1,284 @@
+"""
+kvmem's native core: hashes, the prefix index with its pool, and block copy.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy
+import numpy.typing
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+
+def list_reader(name: str = '') -> str:
+    """
+    How lists of tokens are read: 'in place' or 'abi3'. A name switches first; for tests.
+    """
+
+def xxh3_64(buffer: Buffer, *, cpu_path: str = "auto") -> int:
+    """
+    XXH3-64, seed 0, of the buffer's bytes. Releases the GIL for long buffers.
+    """
+
+class BlockHasher:
+    """
+    The engine's block keys; kvmem.hashing.BlockHasher takes a seed.
+
+    Never changes; may be used from any thread.
+    """
+
+    def __init__(self, algorithm: str, block_tokens: int, none_hash: bytes, *, cpu_path: str = 'auto') -> None:
+        """
+        `none_hash` is the 32-byte parent of a first block; `cpu_path` is auto, sha_ni or plain.
+
+        Raises:
+            ValueError: unknown algorithm, block_tokens not in 1..4096, a cpu_path that this CPU lacks.
+        """
+
+    @property
+    def algorithm(self) -> str: ...
+
+    @property
+    def block_tokens(self) -> int: ...
+
+    @property
+    def none_hash(self) -> bytes: ...
+
+    def hash_blocks(self, tokens: list[int] | numpy.typing.NDArray[numpy.int32], parent: bytes | None = None, extra_keys: Sequence[tuple[object, ...] | None] | None = None) -> list[bytes]:
+        """
+        The 32-byte keys of the whole blocks of `tokens`; a rest that fills no block has none.
+
+        `parent` is the key of the block before them, None when they begin the prompt. `extra_keys` has
+        one entry per block, as the engine's generate_block_hash_extra_keys gives it.
+
+        Raises:
+            TypeError: a token is no int (bool included), or an extra key no str, bytes, int, bool,
+                None or tuple of them.
+            ValueError: a token is outside 0..2^31-1, `parent` isn't 32 bytes, or `extra_keys` hasn't
+                one entry per block.
+        """
+
+    def hash_packed(self, tokens: list[int] | numpy.typing.NDArray[numpy.int32], parent: bytes | None = None, extra_keys: Sequence[tuple[object, ...] | None] | None = None) -> bytes:
+        """What hash_blocks answers, joined: n_blocks*32 bytes."""
+
+class TokenCursor:
+    """
+    The tokens of one growing prompt and the keys of its whole blocks; each block is hashed once.
+
+    Calls hold the GIL; the hasher may go.
+    """
+
+    def __init__(self, hasher: BlockHasher, *, extra_keys: tuple[object, ...] | None = None, first_extra_keys: tuple[object, ...] | None = None) -> None:
+        """
+        An empty prompt. Every block has `extra_keys` (an adapter's); block 0 has `first_extra_keys`
+        where they are given (the adapter's and a cache salt).
+        """
+
+    def extend(self, delta: list[int] | numpy.typing.NDArray[numpy.int32]) -> int:
+        """
+        Adds tokens to the end; answers how many blocks they filled.
+
+        Raises:
+            TypeError: a token is no int; nothing was added.
+            ValueError: a token is outside 0..2^31-1; nothing was added.
+        """
+
+    def sync(self, all_tokens: list[int] | numpy.typing.NDArray[numpy.int32]) -> int:
+        """
+        Takes the whole prompt, adds what is new; answers how many blocks that filled.
+
+        Raises:
+            PrefixBroken: the prompt does not begin with the cursor's tokens; `index` is the first
+                that differs or is missing. The cursor is unchanged.
+            TypeError, ValueError: as `extend`.
+        """
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[bytes]:
+        """
+        The 32-byte keys of blocks [start, stop); to the last by default.
+
+        Raises:
+            ValueError: not 0 <= start <= stop <= n_blocks.
+        """
+
+    @property
+    def packed(self) -> numpy.typing.NDArray[numpy.uint8]:
+        """
+        All keys as one read-only array [n_blocks*32], not copied.
+
+        Stays valid and as it is when the cursor grows; ask again for the new keys.
+        """
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def n_blocks(self) -> int: ...
+
+    def __repr__(self) -> str: ...
+
+def eviction_orders() -> list[str]:
+    """The names HostTier takes as `order`, sorted."""
+
+class HostTier:
+    """
+    The host tier's slots under one prefix index: which slot holds which block, who uses it, what leaves first.
+
+    One instance per namespace and KV-cache group. All methods may be called from any thread; `match` and `why` take no lock. Keys are 32 bytes each: a list of bytes, a TokenCursor, or packed as bytes or a uint8 array. A list's elements are checked where they are looked at.
+    """
+
+    def __init__(self, n_slots: int, order: str = 's3fifo') -> None:
+        """
+        Room for `n_slots` blocks; `order` is one of `eviction_orders()`.
+
+        Raises:
+            ValueError: n_slots out of range, unknown order.
+        """
+
+    def match(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], start: int = 0) -> int:
+        """
+        Blocks of the longest published prefix of `keys`.
+
+        `keys[:start]` is a hint of what matched before; a stale one costs time only. Not a use of the blocks, and no promise beyond the call: `acquire` is both.
+        """
+
+    def acquire(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], start: int, limit: int) -> tuple[int, int, numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64]]:
+        """
+        Leases the longest published prefix of `keys[:limit]`.
+
+        Returns (lease, n, slots, generations): n blocks matched, and where blocks [start, n) are. The lease holds all n blocks until `release`. It is 0 when n <= start: then nothing is leased. Counts as a use of the prefix.
+        """
+
+    def extend(self, lease: int, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], n: int) -> None:
+        """
+        Moves a lease to the deepest published block of `keys[:n]`, never up.
+
+        A lease on a block that was cleared or quarantined stays where it is.
+
+        Raises:
+            ValueError: unknown lease, or its block is not among these keys.
+        """
+
+    def release(self, lease: int) -> None:
+        """
+        Ends a lease.
+
+        Raises:
+            ValueError: unknown lease.
+        """
+
+    def reserve(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], start: int, stop: int) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], str]:
+        """
+        Takes slots for those of blocks [start, stop) that are not here, evicting if it must.
+
+        Returns (index, slots, generations, reason): block index[j] goes to slots[j]. reason is '' if all have a place, 'no_room' (what came before it is reserved) or 'no_parent' (block start-1 is not here). Each slot must end in exactly one `publish` or `abandon`, also after `clear` or `quarantine`: until then it is not used again, since its writer may still be writing.
+        """
+
+    def publish(self, slots: numpy.typing.NDArray[numpy.int32], generations: numpy.typing.NDArray[numpy.uint64], checksums: numpy.typing.NDArray[numpy.uint64]) -> int:
+        """
+        Makes reserved blocks match, in the order given, and says how many.
+
+        The bytes must be complete. A block that can't be published any more (cleared, quarantined, or its parent is not published) gives its slot back.
+        """
+
+    def abandon(self, slots: numpy.typing.NDArray[numpy.int32], generations: numpy.typing.NDArray[numpy.uint64]) -> int:
+        """
+        Gives reserved slots back, and says how many.
+
+        Reserved blocks below them can't be published any more; each still ends in its own `publish` or `abandon`.
+        """
+
+    def quarantine(self, slot: int, generation: int) -> int:
+        """
+        Takes a block and all below it out of matching for good; says how many blocks.
+
+        0 if the slot has another owner by now. Leased slots stay until their leases end. The same keys may be stored anew. O(n_slots).
+        """
+
+    def clear(self) -> int:
+        """
+        Takes every block out of matching at one instant; says how many were published.
+
+        Leased slots stay until their leases end, reserved ones until their writers report. O(n_slots).
+        """
+
+    def why(self, key: bytes) -> str:
+        """
+        What became of the block: 'published', 'pending', 'evicted', 'quarantined', 'cleared', 'abandoned' or 'unknown'.
+
+        Blocks gone are remembered for about 1.5 * n_slots keys (6 bytes a slot).
+        """
+
+    def checksum(self, slot: int, generation: int) -> int:
+        """
+        The checksum given at `publish`.
+
+        Raises:
+            ValueError: the slot holds no such block.
+        """
+
+    def stats(self) -> dict[str, int]:
+        """
+        Counts by name. bytes_per_block is the index without the 32-byte key, all tables and their empty cells included; side_bytes_per_block is the memory of blocks gone.
+        """
+
+    def check_integrity(self) -> list[str]:
+        """
+        One line for every breach of I2, I3, I4, I7 or a count; empty when all holds. O(n_slots).
+        """
+
+def cpu_path() -> str:
+    """The copy kernels this machine gets: 'avx512', 'avx2' or 'plain'."""
+
+def gather(pool: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu')], threads: int = 1, cpu_path: str = 'auto') -> None:
+    """
+    Copies row ids[i] of pool [n_blocks, piece] to row i of out [n, piece], uint8. 'plain' is one memcpy a row.
+    """
+
+def scatter(source: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], pool: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu')], threads: int = 1, cpu_path: str = 'auto') -> None:
+    """
+    Copies row i of source [n, piece] to row ids[i] of pool [n_blocks, piece], uint8; the ids differ.
+    """
+
+class SlotCopier:
+    """
+    Moves blocks between device memory and an arena's slots, and checks what comes back.
+
+    Statuses: 0 ok, 1 the slot holds another block, 2 the slot has moved on (seen before or
+    after the copy), 3 the bytes are not the ones stored, 4 no such block or slot. On any but 0
+    the block's bytes are undefined. Keeps the arena's buffer alive.
+    """
+
+    def __init__(self, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], threads: int, cpu_path: str = 'auto') -> None: ...
+
+    def register_layers(self, base: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], stride: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], piece: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], n_blocks: int) -> None:
+        """
+        Tells where block i of each layer lies: piece bytes at base + i * stride. The memory
+        stays the caller's and must outlive the copier's use.
+        """
+
+    def store(self, block_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], generations: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], keys: bytes) -> tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C')], Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C')]]:
+        """
+        Device to arena: (status uint8 [n], XXH3-64 of each slot uint64 [n], 0 unless stored).
+        A generation that the slot has already passed is refused with 2. Raises ValueError when a
+        slot is named twice.
+        """
+
+    def load(self, block_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], generations: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], keys: bytes, verify: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C')]:
+        """
+        Arena to device: status uint8 [n]. verify[i] != 0 compares the checksum of the bytes
+        that were written to the block. Raises ValueError when a block is named twice.
+        """
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def cpu_path(self) -> str: ...
+
+    @property
+    def n_slots(self) -> int: ...
+
+    @property
+    def slot_bytes(self) -> int: ...

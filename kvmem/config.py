@@ -1,0 +1,135 @@
+"""The settings: about ten, each with a unit, a default, a reason and a cost.
+
+They arrive as the engine's `kv_connector_extra_config` (or `kvmem serve --kvmem-SETTING`). An
+unknown one stops the start. docs/operations.md prints the table that `describe()` returns.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from kvmem.errors import ConfigError
+
+__all__ = ["Config", "Setting", "describe"]
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a user may set; see `describe()` for units, reasons and costs."""
+
+    host_gb: Annotated[float, Meta(gt=0.0, le=1048576.0)] = 4.0
+    arena: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] | None = None
+    eviction: Literal["s3fifo", "lru"] = "s3fifo"
+    load: bool = True
+    store: bool = True
+    verify_share: Share = 1.0
+    copy_threads: Annotated[int, Meta(ge=0, le=64)] = 0
+    weights_digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")] | None = None
+    throttle_gb_s: Annotated[float, Meta(ge=0.0)] = 0.0
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> Config:
+        """The settings checked, or one error that names the setting.
+
+        Raises:
+            ConfigError: an unknown setting, a wrong type or a value out of range.
+        """
+        known = {s.name for s in describe()}
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = (
+                    f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
+                )
+                raise ConfigError(f"kvmem has no setting {name!r}", next_step=hint, setting=name)
+        for name, value in settings.items():
+            try:
+                msgspec.convert({name: value}, cls)
+            except msgspec.ValidationError as error:
+                raise ConfigError(
+                    f"kvmem's setting {name!r} cannot be {value!r}: {error}",
+                    next_step=f"Give it as docs/operations.md says ({_DOC[name].unit}).",
+                    setting=name,
+                    value=value,
+                ) from error
+        return msgspec.convert(dict(settings), cls)
+
+    @property
+    def host_bytes(self) -> int:
+        """The host tier's budget in bytes (1 GB here is 2**30 bytes)."""
+        return int(self.host_gb * 2**30)
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One row of the settings table."""
+
+    name: str
+    unit: str
+    default: Any
+    reason: str
+    cost: str
+
+
+_DOC: dict[str, Setting] = {}
+
+
+def describe() -> tuple[Setting, ...]:
+    """Every setting with its unit, default, reason and cost, in the order of `Config`."""
+    return tuple(_DOC.values())
+
+
+def _document(name: str, unit: str, reason: str, cost: str) -> None:
+    field = next(f for f in msgspec.structs.fields(Config) if f.name == name)
+    _DOC[name] = Setting(name, unit, field.default, reason, cost)
+
+
+_document(
+    "host_gb",
+    "GiB of shared memory",
+    "How much KV the host tier keeps; the one dial that matters.",
+    "Reserved in /dev/shm at start, in full.",
+)
+_document(
+    "arena",
+    "name, or unset for one per engine",
+    "A fixed name lets tools find this engine's arena.",
+    "A second engine with the same name is refused.",
+)
+_document(
+    "eviction",
+    "s3fifo or lru",
+    "Which blocks leave first; s3fifo is not emptied by a scan of one-off prompts.",
+    "lru loses an agent's prompt to a burst of prompts used once.",
+)
+_document("load", "true or false", "Answer prompts from kvmem.", "false: every block is computed.")
+_document("store", "true or false", "Keep what was computed.", "false: nothing new can be reused.")
+_document(
+    "verify_share",
+    "share of loaded blocks, 0 to 1",
+    "Loaded bytes are compared with the checksum taken when they were written.",
+    "Under a tenth of the copy's time: bytes are hashed as they are moved.",
+)
+_document(
+    "copy_threads",
+    "threads, 0 for the machine's cores up to 4",
+    "Copies between device and host.",
+    "Cores that the model's forward pass could use.",
+)
+_document(
+    "weights_digest",
+    "64 hex digits, or unset",
+    "Names the weights when they have no files (dummy or remote weights).",
+    "A wrong one serves KV of other weights: set it only if you must.",
+)
+_document(
+    "throttle_gb_s",
+    "GB/s, 0 for none",
+    "Benchmarks only: makes this machine's tiers as slow, for its model, as a GPU's.",
+    "Loads wait.",
+)

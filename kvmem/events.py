@@ -1,0 +1,131 @@
+"""What kvmem tells of itself: small immutable values on one bus.
+
+A subscriber is called in the thread that emits; one that raises is dropped, and its failure is
+the last thing it is told about. Events carry numbers and digests, never prompt text (I11).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+__all__ = [
+    "Bus",
+    "Cleared",
+    "Event",
+    "Evicted",
+    "Failure",
+    "Loaded",
+    "Quarantined",
+    "Refused",
+    "Stored",
+]
+
+log = logging.getLogger("kvmem")
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    """Base of all events."""
+
+
+class Stored(Event, frozen=True, kw_only=True, tag="stored"):
+    """Blocks became visible in a tier."""
+
+    request_id: str
+    blocks: int
+    bytes: int
+    seconds: float
+
+
+class Loaded(Event, frozen=True, kw_only=True, tag="loaded"):
+    """Blocks were copied back to the device for a request."""
+
+    request_id: str
+    blocks: int
+    bytes: int
+    seconds: float
+    tier: str = "host"
+
+
+class Evicted(Event, frozen=True, kw_only=True, tag="evicted"):
+    """Blocks left a tier to make room."""
+
+    blocks: int
+    tier: str = "host"
+
+
+class Quarantined(Event, frozen=True, kw_only=True, tag="quarantined"):
+    """A block failed a check; it and its descendants answer no prompt any more (I5)."""
+
+    key: str
+    blocks: int
+    reason: str
+
+
+class Refused(Event, frozen=True, kw_only=True, tag="refused"):
+    """Blocks were not stored, and why."""
+
+    request_id: str
+    blocks: int
+    reason: str
+
+
+class Cleared(Event, frozen=True, kw_only=True, tag="cleared"):
+    """Everything left matching, by a reset or a change of namespace."""
+
+    blocks: int
+    reason: str
+
+
+class Failure(Event, frozen=True, kw_only=True, tag="failure"):
+    """Something inside kvmem raised; the request went on without it (I9)."""
+
+    where: str
+    error: str
+
+
+class Bus:
+    """Hands each event to every subscriber and keeps the last `keep` of them.
+
+    Thread safety: all methods may be called from any thread.
+    """
+
+    def __init__(self, keep: int = 256) -> None:
+        self._lock = threading.Lock()
+        self._recent: deque[Event] = deque(maxlen=keep)
+        self._subscribers: list[Callable[[Event], None]] = []
+
+    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        """Calls `subscriber` with every event from now on; the answer ends that."""
+        with self._lock:
+            self._subscribers.append(subscriber)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                if subscriber in self._subscribers:
+                    self._subscribers.remove(subscriber)
+
+        return unsubscribe
+
+    def emit(self, event: Event) -> None:
+        """Tells every subscriber; never raises."""
+        with self._lock:
+            self._recent.append(event)
+            subscribers = tuple(self._subscribers)
+        for subscriber in subscribers:
+            try:
+                subscriber(event)
+            except Exception:  # a subscriber's fault must not reach the engine (I9)
+                log.exception("kvmem: a subscriber raised on %r and was dropped", event)
+                with self._lock:
+                    if subscriber in self._subscribers:
+                        self._subscribers.remove(subscriber)
+
+    def recent(self) -> tuple[Event, ...]:
+        """The last events, oldest first."""
+        with self._lock:
+            return tuple(self._recent)

@@ -1,0 +1,306 @@
+"""The scheduler's half with the engine's own configuration, requests and hashes, without an engine.
+
+Bad input is refused before any request; acknowledgements that get lost cost nothing but a copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvmem.config import Config
+from kvmem.engines.vllm.scheduler import SchedulerHalf
+from kvmem.engines.vllm.wire import Acks, LoadDone, Orders, StoreDone
+from kvmem.errors import ArenaInUse, CapacityError, ConfigError
+
+BLOCK = 32
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def vllm_config(smollm2: str) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(
+        model=smollm2,
+        block_size=BLOCK,
+        kv_transfer_config={
+            "kv_connector": "KvmemConnector",
+            "kv_connector_module_path": "kvmem.engines.vllm.connector",
+            "kv_role": "kv_both",
+        },
+    )
+    return args.create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def kv_cache_config() -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
+    layers = [f"layer.{i}" for i in range(30)]
+    return KVCacheConfig(
+        num_blocks=100, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(layers, spec)]
+    )
+
+
+@pytest.fixture
+def half(vllm_config: Any, kv_cache_config: Any, arena_name: str) -> Iterator[SchedulerHalf]:
+    half = SchedulerHalf(Config(host_gb=0.1, arena=arena_name), vllm_config, kv_cache_config)
+    yield half
+    half.close()
+
+
+def request(request_id: str, n_tokens: int, seed: int = 0) -> Any:
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    init_none_hash(sha256)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=[1 + seed + i for i in range(n_tokens)],
+        sampling_params=SamplingParams(max_tokens=4),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+
+
+def step(half: SchedulerHalf, **tokens: int) -> Orders:
+    """One step that schedules so many tokens for each request; blocks are numbered from 10."""
+    output = SimpleNamespace(
+        num_scheduled_tokens=tokens,
+        total_num_scheduled_tokens=sum(tokens.values()),
+        kv_connector_block_state=SimpleNamespace(
+            get_block_ids=lambda request_id: (list(range(10, 90)),)
+        ),
+    )
+    orders = half.orders(output)
+    half.forget(half.sent_out())
+    return orders
+
+
+def done(orders: Orders, status: int = 0) -> Acks:
+    return Acks(
+        stores=[
+            StoreDone(
+                orders.sequence,
+                [np.full(len(s.slots), status, np.uint8) for s in orders.stores],
+                [np.ones(len(s.slots), np.uint64) for s in orders.stores],
+                0.0,
+            )
+        ]
+    )
+
+
+def stored(half: SchedulerHalf, request_id: str, n_tokens: int, seed: int = 0) -> Any:
+    """A request whose prompt is computed and stored; it is still running."""
+    one = request(request_id, n_tokens, seed)
+    half.on_new_request(one)
+    assert half.match(one, 0) == (0, False)
+    half.acknowledged(done(step(half, **{request_id: n_tokens})))
+    return one
+
+
+def finish(half: SchedulerHalf, one: Any) -> Any:
+    from vllm.v1.request import RequestStatus
+
+    one.status = RequestStatus.FINISHED_STOPPED
+    return half.finished(one, list(range(10, 90)))
+
+
+def test_a_stored_prompt_is_matched_up_to_its_last_token(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    again = request("b", 4 * BLOCK)
+    half.on_new_request(again)
+    assert half.match(again, 0) == (3 * BLOCK, True)  # one token must be computed
+
+
+def test_asking_again_changes_nothing(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    again = request("b", 4 * BLOCK)
+    half.on_new_request(again)
+    answers = {half.match(again, 0) for _ in range(5)}
+    assert answers == {(3 * BLOCK, True)}
+    assert half.cache.stats()["leases"] == 1
+
+
+def test_blocks_are_invisible_until_they_are_acknowledged(half: SchedulerHalf) -> None:
+    one, two = request("a", 3 * BLOCK), request("b", 3 * BLOCK)
+    for r in (one, two):
+        half.on_new_request(r)
+    half.match(one, 0)
+    orders = step(half, a=3 * BLOCK)
+    assert half.match(two, 0) == (0, False)  # I4
+    half.acknowledged(done(orders))
+    assert half.match(two, 0)[0] == 2 * BLOCK
+
+
+def test_an_acknowledgement_that_is_lost_gives_its_slots_back(half: SchedulerHalf) -> None:
+    one = request("a", 3 * BLOCK)
+    half.on_new_request(one)
+    half.match(one, 0)
+    step(half, a=3 * BLOCK)  # never acknowledged
+    assert half.cache.stats()["pending"] == 3
+    stored(half, "b", 2 * BLOCK, seed=1000)
+    assert half.cache.stats()["pending"] == 0
+    assert half.cache.stats()["published"] == 2
+
+
+def test_a_failed_copy_is_never_published(half: SchedulerHalf) -> None:
+    one = request("a", 3 * BLOCK)
+    half.on_new_request(one)
+    half.match(one, 0)
+    half.acknowledged(done(step(half, a=3 * BLOCK), status=255))
+    stats = half.cache.stats()
+    assert (stats["published"], stats["pending"]) == (0, 0)
+
+
+def test_a_failed_copy_takes_the_blocks_on_top_with_it(half: SchedulerHalf) -> None:
+    one = request("a", 4 * BLOCK)
+    half.on_new_request(one)
+    half.match(one, 0)
+    orders = step(half, a=4 * BLOCK)
+    acks = done(orders)
+    acks.stores[0].statuses[0][1] = 255
+    half.acknowledged(acks)
+    assert half.cache.stats()["published"] == 1
+    assert half.cache.check_integrity() == []
+
+
+def test_a_load_that_finds_a_broken_block_takes_it_out_of_matching(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 5 * BLOCK))
+    again = request("b", 5 * BLOCK)
+    half.on_new_request(again)
+    n_tokens, _ = half.match(again, 0)
+    blocks = SimpleNamespace(get_block_ids=lambda: (list(range(50, 60)),))
+    half.allocated(again, blocks, n_tokens)  # type: ignore[arg-type]
+    (load,) = step(half).loads
+    assert load.block_ids.tolist() == [50, 51, 52, 53]
+    bad = (int(load.slots[2]), int(load.generations[2]), load.keys[64:96], 3)
+    half.acknowledged(Acks(loads=[LoadDone("b", 4, 0, 0.0, [bad])]))
+    half.received(["b"])
+    third = request("c", 5 * BLOCK)
+    half.on_new_request(third)
+    assert half.match(third, 0)[0] == 2 * BLOCK
+    assert half.totals.quarantined == 3  # the block, and the two on top of it
+
+
+def test_a_broken_promise_names_only_the_blocks_that_were_to_be_loaded(
+    half: SchedulerHalf,
+) -> None:
+    finish(half, stored(half, "a", 5 * BLOCK))
+    again = request("b", 5 * BLOCK)
+    half.on_new_request(again)
+    n_tokens, _ = half.match(
+        again, 2 * BLOCK
+    )  # two blocks are the engine's own, shared with others
+    half.break_load(again, SimpleNamespace(get_block_ids=lambda: ([7, 8, 50, 51],)), n_tokens)  # type: ignore[arg-type]
+    assert step(half).broken == [("b", [50, 51])]
+
+
+def test_after_a_reset_nothing_is_stored_on_blocks_only_the_engine_has(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    half.reset()
+    again = request("b", 6 * BLOCK)
+    half.on_new_request(again)
+    half.match(again, 4 * BLOCK)  # the engine kept blocks that are older than the reset
+    assert not step(half, b=2 * BLOCK).stores
+
+
+def test_a_finished_request_holds_no_lease(half: SchedulerHalf) -> None:
+    one = stored(half, "a", 4 * BLOCK)
+    assert half.cache.stats()["leases"] == 1
+    keep, told = finish(half, one)
+    assert not keep
+    assert told["kvmem"]["blocks_stored"] == 4
+    assert half.cache.stats()["leases"] == 0
+
+
+def test_a_request_aborted_while_it_loads_keeps_its_lease_until_the_load_is_over(
+    half: SchedulerHalf,
+) -> None:
+    from vllm.v1.request import RequestStatus
+
+    finish(half, stored(half, "a", 4 * BLOCK))
+    again = request("b", 4 * BLOCK)
+    half.on_new_request(again)
+    n_tokens, _ = half.match(again, 0)
+    half.allocated(again, SimpleNamespace(get_block_ids=lambda: (list(range(9)),)), n_tokens)  # type: ignore[arg-type]
+    step(half)
+    again.status = RequestStatus.FINISHED_ABORTED
+    half.finished(again, [])
+    assert half.cache.stats()["leases"] == 1  # I3: the worker still reads the slots
+    half.received(["b"])
+    assert half.cache.stats()["leases"] == 0
+
+
+def test_what_was_reserved_before_a_reset_is_never_published(half: SchedulerHalf) -> None:
+    one = request("a", 3 * BLOCK)
+    half.on_new_request(one)
+    half.match(one, 0)
+    orders = step(half, a=3 * BLOCK)
+    half.reset()
+    half.acknowledged(done(orders))
+    assert half.cache.stats()["published"] == 0
+    assert not step(half, a=1).stores
+
+
+def test_verification_checks_exactly_the_share_asked_for(half: SchedulerHalf) -> None:
+    half.config = Config(verify_share=0.25)
+    picked = [half._pick_verified(n) for n in (3, 1, 7, 5, 16, 8)]
+    assert sum(int(p.sum()) for p in picked) == 40 // 4
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def test_a_budget_below_one_block_names_the_setting(vllm_config: Any, kv_cache_config: Any) -> None:
+    with pytest.raises(CapacityError, match="host_gb") as error:
+        SchedulerHalf(Config(host_gb=1e-5), vllm_config, kv_cache_config)
+    assert error.value.setting == "host_gb"
+
+
+def test_a_budget_above_the_machine_names_the_setting_and_leaves_nothing(
+    vllm_config: Any, kv_cache_config: Any, arena_name: str
+) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    with pytest.raises(CapacityError, match="host_gb"):
+        SchedulerHalf(Config(host_gb=1e6, arena=arena_name), vllm_config, kv_cache_config)
+    assert set(Path("/dev/shm").iterdir()) <= before
+
+
+def test_a_second_engine_on_an_arena_is_refused_and_the_first_goes_on(
+    half: SchedulerHalf, vllm_config: Any, kv_cache_config: Any, arena_name: str
+) -> None:
+    with pytest.raises(ArenaInUse, match="arena") as error:
+        SchedulerHalf(Config(host_gb=0.1, arena=arena_name), vllm_config, kv_cache_config)
+    assert str(os.getpid()) in str(error.value)
+    finish(half, stored(half, "a", 2 * BLOCK))
+    assert half.cache.stats()["published"] == 2
+
+
+def test_dummy_weights_need_a_name(vllm_config: Any, kv_cache_config: Any) -> None:
+    real = vllm_config.load_config.load_format
+    vllm_config.load_config.load_format = "dummy"
+    try:
+        with pytest.raises(ConfigError, match="weights_digest"):
+            SchedulerHalf(Config(host_gb=0.1), vllm_config, kv_cache_config)
+    finally:
+        vllm_config.load_config.load_format = real
+
+
+def test_closing_leaves_nothing(vllm_config: Any, kv_cache_config: Any, arena_name: str) -> None:
+    half = SchedulerHalf(Config(host_gb=0.1, arena=arena_name), vllm_config, kv_cache_config)
+    path = half.arena.path
+    assert path.exists()
+    half.close()
+    assert not path.exists()

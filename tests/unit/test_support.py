@@ -1,0 +1,105 @@
+"""What this version does not serve is refused at start, with the flag to change."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvmem.engines.vllm import support
+from kvmem.errors import UnsupportedEngine
+
+
+def engine_config(**changes: Any) -> Any:
+    """The parts of a VllmConfig that are looked at, as a served engine has them."""
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+        ),
+        kv_transfer_config=SimpleNamespace(kv_role="kv_both"),
+        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"),
+        lora_config=None,
+        speculative_config=None,
+    )
+    for path, value in changes.items():
+        target, *rest = path.split("__")
+        if rest:
+            setattr(getattr(config, target), rest[0], value)
+        else:
+            setattr(config, target, value)
+    return config
+
+
+def test_the_plain_engine_is_served() -> None:
+    support.check_engine(engine_config())
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "flag"),
+    [
+        ("parallel_config__tensor_parallel_size", 2, "--tensor-parallel-size"),
+        ("parallel_config__pipeline_parallel_size", 2, "--pipeline-parallel-size"),
+        ("parallel_config__data_parallel_size", 2, "--data-parallel-size"),
+        ("parallel_config__decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+        ("lora_config", object(), "--enable-lora"),
+        ("speculative_config", object(), "--speculative-config"),
+        ("cache_config__prefix_caching_hash_algo", "xxhash", "--prefix-caching-hash-algo"),
+        ("kv_transfer_config__kv_role", "kv_producer", "kv_both"),
+    ],
+)
+def test_what_is_not_served_names_its_flag(change: str, value: Any, flag: str) -> None:
+    with pytest.raises(UnsupportedEngine, match=flag):
+        support.check_engine(engine_config(**{change: value}))
+
+
+@pytest.mark.parametrize("version", ["0.28.1", "0.34.0", "1.0", "dev", ""])
+def test_a_version_outside_the_range_is_refused(version: str) -> None:
+    with pytest.raises(UnsupportedEngine, match=r"0\.29 to 0\.33"):
+        support.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.29.0", "0.32.0+cpu", "0.33.1rc1"])
+def test_a_version_inside_the_range_is_served(version: str) -> None:
+    support.check_version(version)
+
+
+def spec(**changes: Any) -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(
+        **{"block_size": 32, "num_kv_heads": 3, "head_size": 64, "dtype": torch.bfloat16, **changes}
+    )
+
+
+def cache_config(*specs: Any) -> Any:
+    groups = [SimpleNamespace(kv_cache_spec=s, layer_names=["a", "b"]) for s in specs]
+    return SimpleNamespace(kv_cache_groups=groups, hash_block_size=32, num_blocks=7)
+
+
+def test_geometry_is_of_the_whole_block_over_all_layers() -> None:
+    geometry = support.geometry_of(None, cache_config(spec()))
+    assert geometry.layer_bytes == 32 * 3 * 64 * 2 * 2
+    assert geometry.block_bytes == 2 * geometry.layer_bytes
+    assert geometry.n_device_blocks == 7
+
+
+def test_several_groups_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedEngine, match="2 KV-cache groups"):
+        support.geometry_of(None, cache_config(spec(), spec()))
+
+
+def test_other_kinds_of_attention_are_refused_by_name() -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    window = SlidingWindowSpec(
+        block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16, sliding_window=128
+    )
+    with pytest.raises(UnsupportedEngine, match="SlidingWindowSpec"):
+        support.geometry_of(None, cache_config(window))
