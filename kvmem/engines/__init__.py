@@ -1,0 +1,1 @@
+"""Engines that kvmem serves; each is imported only inside its own room."""

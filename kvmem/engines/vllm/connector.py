@@ -1,0 +1,254 @@
+"""`KvmemConnector`: vLLM's connector interface on top of the two halves.
+
+Every hook passes one door, `_safely`: whatever fails inside kvmem costs a recompute, never the
+request and never the engine (I9). The interface is vllm/distributed/kv_transfer/kv_connector/
+v1/base.py of 0.29 to 0.33.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from kvmem.config import Config
+from kvmem.engines.vllm.scheduler import SchedulerHalf
+from kvmem.engines.vllm.wire import Acks, Orders
+from kvmem.engines.vllm.worker import WorkerHalf
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+__all__ = ["KvmemConnector"]
+
+log = logging.getLogger("kvmem")
+
+T = TypeVar("T")
+
+
+class KvmemConnector(KVConnectorBase_V1):
+    """kvmem as a vLLM KV connector; see docs/vllm.md.
+
+    Raises:
+        KVMemError: at start only, naming the setting and the next step.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None  # vLLM makes a connector because of it
+        # A load that fails is computed instead; the engine's default fails the request.
+        transfer.kv_load_failure_policy = "recompute"
+        config = Config.parse(transfer.kv_connector_extra_config)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerHalf(config, vllm_config, kv_cache_config)
+        else:
+            self._worker = WorkerHalf(config, vllm_config, kv_cache_config)
+
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+        _cache_hit_source = CacheHitSource.HOST
+    except ImportError:  # before 0.32
+        pass
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A lost store is a later miss, nothing more."""
+        return False
+
+    @property
+    def scheduler(self) -> SchedulerHalf:
+        """The scheduler's half; only in the process of the scheduler."""
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def worker(self) -> WorkerHalf:
+        """The worker's half; only in the process of a worker."""
+        assert self._worker is not None
+        return self._worker
+
+    def _safely(self, hook: str, do: Callable[[], T], otherwise: Callable[[], T]) -> T:
+        """What `do` answers, or `otherwise` when kvmem fails: a plug-in door (I9)."""
+        try:
+            return do()
+        except Exception as error:  # I9: a hook of the engine's; whatever it is, it goes on
+            log.exception("kvmem: %s failed; the engine computes instead", hook)
+            self._note(hook, f"{type(error).__name__}: {error}")
+        return otherwise()
+
+    def _note(self, hook: str, error: str) -> None:
+        if self._scheduler is not None:
+            self._scheduler.failed(hook, error)
+        if self._worker is not None:
+            self._worker.failed(hook, error)
+
+    # -- scheduler side ----------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        """Reads the request's kvmem wishes."""
+        self._safely("on_new_request", lambda: self.scheduler.on_new_request(request), _nothing)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens that will be loaded beyond the engine's own hit; always asynchronously."""
+        return self._safely(
+            "get_num_new_matched_tokens",
+            lambda: self.scheduler.match(request, num_computed_tokens),
+            lambda: (0, False),
+        )
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """Plans the load that was promised."""
+        self._safely(
+            "update_state_after_alloc",
+            lambda: self.scheduler.allocated(request, blocks, num_external_tokens),
+            lambda: self.scheduler.break_load(request, blocks, num_external_tokens),
+        )
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """The step's orders to the worker half."""
+
+        def otherwise() -> Orders:
+            self.scheduler.break_new_loads()
+            return self.scheduler.bare_orders(scheduler_output)
+
+        orders = self._safely(
+            "build_connector_meta", lambda: self.scheduler.orders(scheduler_output), otherwise
+        )
+        over = self.scheduler.sent_out()
+        self._safely("build_connector_meta", lambda: self.scheduler.forget(over), _nothing)
+        return orders
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Takes in what the worker half did."""
+        acks = connector_output.kv_connector_worker_meta
+        received = connector_output.finished_recving or ()
+        self._safely(
+            "update_connector_output",
+            lambda: self.scheduler.acknowledged(acks if isinstance(acks, Acks) else None),
+            _nothing,
+        )
+        self._safely("update_connector_output", lambda: self.scheduler.received(received), _nothing)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the blocks are needed for one more copy, and the request's receipt."""
+
+        def otherwise() -> tuple[bool, dict[str, Any] | None]:
+            over = (request.request_id,)
+            self._safely("request_finished", lambda: self.scheduler.forget(over), _nothing)
+            return False, None
+
+        return self._safely(
+            "request_finished", lambda: self.scheduler.finished(request, block_ids), otherwise
+        )
+
+    def reset_cache(self) -> bool | None:
+        """Nothing that was stored answers any more."""
+        return self._safely("reset_cache", lambda: self.scheduler.reset(), lambda: False)
+
+    # -- worker side -------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Notes where the engine's blocks lie; refuses a layout it can't move, at start."""
+        self.worker.register(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Runs before the forward: the step's loads start here, beside it."""
+        self._begin(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Starts the step's loads where `handle_preemptions` was not called."""
+        self._begin(self._connector_metadata)
+
+    def _begin(self, orders: KVConnectorMetadata | None) -> None:
+        if isinstance(orders, Orders):
+            self._safely(
+                "start_load_kv",
+                lambda: self.worker.begin(orders),
+                lambda: self.worker.fail_loads(orders),
+            )
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are between steps: there is nothing to wait for inside one."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Blocks are saved whole, after the step."""
+
+    def wait_for_save(self) -> None:
+        """Copies the blocks that this step completed."""
+        orders = self._connector_metadata
+        if isinstance(orders, Orders):
+            self._safely(
+                "wait_for_save",
+                lambda: self.worker.store(orders),
+                lambda: self.worker.fail_stores(orders),
+            )
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose kept blocks were copied, and requests whose load is over."""
+        orders = self._connector_metadata if isinstance(self._connector_metadata, Orders) else None
+        results = self._safely(
+            "get_finished", lambda: self.worker.results(orders), lambda: self.worker.surrender()
+        )
+        self.worker.told_results()
+        return results
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that the engine must compute after all.
+
+        An empty answer in place of a failure would pass unloaded blocks off as loaded (I5), so
+        the other way out names them all the same.
+        """
+        failed = self._safely(
+            "get_block_ids_with_load_errors",
+            lambda: self.worker.failed_blocks(),
+            lambda: set(self.worker.bad_blocks),
+        )
+        self.worker.told_failed_blocks()
+        return failed
+
+    def build_connector_worker_meta(self) -> Acks | None:
+        """What the worker half did, for the scheduler half."""
+        return self._safely("build_connector_worker_meta", lambda: self.worker.acks(), lambda: None)
+
+    def shutdown(self) -> None:
+        """Unmaps the arena; the scheduler's half removes it."""
+        half = self._scheduler if self._scheduler is not None else self._worker
+        if half is not None:
+            self._safely("shutdown", half.close, _nothing)
+            self._scheduler = self._worker = None
+
+
+def _nothing() -> None:
+    return None

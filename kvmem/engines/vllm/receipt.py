@@ -1,0 +1,106 @@
+"""What a request may ask of kvmem, and what it is told.
+
+In:  `kv_transfer_params = {"kvmem": {"load": false, "store": false}}`; both default to on.
+Out: `kv_transfer_params["kvmem"]` of the response, see `Receipt.finish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kvmem.cache import Grant
+from kvmem.config import Config
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+__all__ = ["Receipt", "Wishes"]
+
+
+class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    load: bool = True
+    store: bool = True
+
+
+class Wishes(msgspec.Struct, frozen=True):
+    """What this request allows; a malformed wish is told in the receipt and changes nothing."""
+
+    load: bool
+    store: bool
+    error: str | None = None
+
+    @classmethod
+    def read(cls, params: Mapping[str, Any] | None, config: Config) -> Wishes:
+        """The request's wishes within what the configuration allows."""
+        asked, error = _Asked(), None
+        try:
+            asked = msgspec.convert((params or {}).get("kvmem") or {}, _Asked)
+        except msgspec.ValidationError as invalid:
+            error = f"kv_transfer_params.kvmem was not understood and is ignored: {invalid}"
+        return cls(load=asked.load and config.load, store=asked.store and config.store, error=error)
+
+
+@dataclass(slots=True)
+class Receipt:
+    """What became of one request; token counts are of its prompt."""
+
+    error: str | None = None
+    prompt: int = 0
+    device: int = 0
+    host: int = 0
+    computed: int = 0
+    host_blocks: int = 0
+    blocks_stored: int = 0
+    refused: int = 0
+    load_ms: float = 0.0
+    store_ms: float = 0.0
+    miss: str = "new"
+    first_missing_block: int | None = None
+    _counted: bool = False
+
+    def matched(
+        self, request: Request, start: int, grant: Grant | None, missing: str, block_tokens: int
+    ) -> None:
+        """Notes what the first lookup found; later ones are of a request that was preempted."""
+        again = request.num_output_tokens or getattr(request, "num_preemptions", 0)
+        if again or self._counted:
+            return
+        n_blocks = grant.n_blocks if grant is not None else start
+        self.prompt = request.num_prompt_tokens
+        self.device = start * block_tokens
+        self.host_blocks = max(0, n_blocks - start)
+        self.miss = missing
+        self.first_missing_block = None if missing == "none" else n_blocks
+
+    def finish(self, request: Request, block_tokens: int) -> dict[str, Any]:
+        """The receipt as the response carries it.
+
+        `tokens` says where the prompt's KV came from; `computed` is the rest. `miss` says why
+        block `first_missing_block` was not here: none, new, evicted, pending, quarantined,
+        cleared, abandoned, load_off or load_failed.
+        """
+        self._counted = True
+        self.prompt = request.num_prompt_tokens
+        self.host = self.host_blocks * block_tokens
+        self.computed = max(0, self.prompt - self.device - self.host)
+        receipt: dict[str, Any] = {
+            "tokens": {
+                "prompt": self.prompt,
+                "device": self.device,
+                "host": self.host,
+                "computed": self.computed,
+            },
+            "blocks_stored": self.blocks_stored,
+            "blocks_refused": self.refused,
+            "load_ms": round(self.load_ms, 3),
+            "store_ms": round(self.store_ms, 3),
+            "miss": self.miss,
+            "first_missing_block": self.first_missing_block,
+        }
+        if self.error is not None:
+            receipt["error"] = self.error
+        return receipt

@@ -1,0 +1,136 @@
+"""What this version serves; everything else is refused at start, with the flag to change.
+
+Features are looked for, never version numbers, but for the range that was tested.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvmem.errors import UnsupportedEngine
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["Geometry", "check_engine", "check_version", "geometry_of"]
+
+OLDEST = (0, 29)
+NEWEST = (0, 33)
+
+
+class Geometry(msgspec.Struct, frozen=True):
+    """The engine's blocks: `block_tokens` tokens and `block_bytes` bytes over all layers."""
+
+    block_tokens: int
+    block_bytes: int
+    n_device_blocks: int
+    layers: tuple[str, ...]
+    layer_bytes: int
+
+
+def check_version(version: str) -> None:
+    """Refuses an engine outside the tested range.
+
+    Raises:
+        UnsupportedEngine: naming the version and the range.
+    """
+    parts = version.split(".")
+    try:
+        found = (int(parts[0]), int(parts[1]))
+    except (IndexError, ValueError):
+        found = (0, 0)
+    if not OLDEST <= found <= NEWEST:
+        raise UnsupportedEngine(
+            f"kvmem serves vLLM {_dotted(OLDEST)} to {_dotted(NEWEST)}, this is {version}",
+            next_step="Install a vLLM of that range, or start without kvmem.",
+            version=version,
+        )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuses what this version does not serve yet.
+
+    Raises:
+        UnsupportedEngine: naming the flag and what to do.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    check_version(vllm.__version__)
+    if "kv_connector_block_state" not in SchedulerOutput.__dataclass_fields__:
+        _refuse(f"a scheduler without block tables for connectors (vLLM {vllm.__version__})", "")
+    parallel = vllm_config.parallel_config
+    transfer = vllm_config.kv_transfer_config
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    if not current_platform.is_cpu():
+        _refuse(f"device {current_platform.device_type!r}", "Use vLLM's CPU build.")
+    if transfer is not None and transfer.kv_role != "kv_both":
+        _refuse(f"kv_role {transfer.kv_role!r}", 'Set "kv_role": "kv_both".')
+    for name, flag in (
+        ("tensor_parallel_size", "--tensor-parallel-size"),
+        ("pipeline_parallel_size", "--pipeline-parallel-size"),
+        ("data_parallel_size", "--data-parallel-size"),
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+    ):
+        if getattr(parallel, name, 1) != 1:
+            _refuse(f"{flag} {getattr(parallel, name)}", f"Set {flag} 1.")
+    if vllm_config.lora_config is not None:
+        _refuse("LoRA adapters", "Leave out --enable-lora.")
+    if vllm_config.speculative_config is not None:
+        _refuse("speculative decoding", "Leave out --speculative-config.")
+    if algorithm not in ("sha256", "sha256_cbor"):
+        _refuse(
+            f"--prefix-caching-hash-algo {algorithm} (its collisions can be made on purpose)",
+            "Set --prefix-caching-hash-algo sha256.",
+        )
+
+
+def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geometry:
+    """The block geometry, if the engine keeps its KV in one full-attention group.
+
+    Raises:
+        UnsupportedEngine: several groups, or a kind of attention that is not served yet.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
+        _refuse(f"a model with {len(groups)} KV-cache groups ({kinds})", _SUPPORTED_MODELS)
+    spec = groups[0].kv_cache_spec
+    if type(spec) is not FullAttentionSpec:
+        _refuse(f"{type(spec).__name__} KV", _SUPPORTED_MODELS)
+    hash_tokens = getattr(kv_cache_config, "hash_block_size", None) or spec.block_size
+    if hash_tokens != spec.block_size:
+        _refuse(
+            f"block hashes over {hash_tokens} tokens with blocks of {spec.block_size}",
+            "Leave out --hash-block-size.",
+        )
+    layers = tuple(groups[0].layer_names)
+    return Geometry(
+        block_tokens=spec.block_size,
+        block_bytes=spec.page_size_bytes * len(layers),
+        n_device_blocks=kv_cache_config.num_blocks,
+        layers=layers,
+        layer_bytes=spec.page_size_bytes,
+    )
+
+
+_SUPPORTED_MODELS = "Use a model whose layers are all full attention."
+
+
+def _refuse(what: str, next_step: str) -> None:
+    raise UnsupportedEngine(
+        f"kvmem's vLLM connector does not serve {what} yet",
+        next_step=f"{next_step} Or start without kvmem's --kv-transfer-config.",
+        feature=what,
+    )
