@@ -1,0 +1,206 @@
+"""The kvmem command: `demo`, `serve`, `stats`.
+
+Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
+for. A `KVMemError` ends as one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from kvmem import config
+from kvmem.errors import KVMemError
+
+__all__ = ["app", "main"]
+
+NO_ENGINE = 1
+BAD_INPUT = 2
+OUR_PREFIX = "--kvmem-"
+PANEL = "kvmem's settings"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""kvmem keeps what an LLM engine has computed, so that agents pay for each token once.
+
+Agents send prompts that are almost entirely repeats. vLLM forgets a prompt's state (its KV \
+blocks) when the device is full; kvmem keeps it in the host's memory and puts it back, bit for \
+bit, when a prompt begins the same way.
+
+\b
+  kvmem demo              see what it does, on a real model and this CPU
+  kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
+  kvmem stats --watch     what the running engines reuse, live
+""",
+)
+
+
+def main() -> None:
+    """Runs the command line; never returns."""
+    try:
+        app(prog_name="kvmem")
+    except KVMemError as error:
+        typer.echo(f"kvmem: {error}", err=True)
+        sys.exit(BAD_INPUT)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the picture and the figures go.")
+    ] = Path("demo-output"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smaller team; two minutes instead of five.")
+    ] = False,
+) -> None:
+    """Play a team of agents on a real vLLM, first alone, then with kvmem.
+
+    A lead and four workers share instructions, tools and documents, on SmolLM2-135M and the CPU,
+    with too little device memory to hold them all. You get one table (waiting times, tokens
+    computed and reused, whether the outputs are equal) and a picture of who waited for what.
+
+    The model is made once from an installed package: 273 MB in ~/.cache/kvmem.
+    """
+    from kvmem.demo.run import run
+
+    run(output, quick=quick)
+
+
+def _serve(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL [vLLM's flags]",
+            help="A folder with a checkpoint, or a name on the Hugging Face hub.",
+        ),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the command line, stop.")
+    ] = False,
+    **settings: str | None,
+) -> None:
+    """Start vLLM's OpenAI-compatible server with kvmem in it.
+
+    Every other flag is vLLM's own and is handed on as it is, for example
+    [bold]--port 8001 --max-model-len 8192[/bold]. The server listens on 127.0.0.1 unless you
+    give --host, and then it wants --api-key too.
+
+    Settings are checked before anything starts. `kvmem stats` shows what the server reuses.
+    """
+    from kvmem.engines.vllm import launch
+
+    given = {name: _value(name, text) for name, text in settings.items() if text is not None}
+    flags, more = _split_ours(context.args)
+    given |= {name: _value(name, text) for name, text in more.items()}
+    command = launch.command(model, given, flags)
+    if dry_run:
+        typer.echo(shlex.join(command))
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, dict(os.environ))  # the same process: signals reach vLLM
+
+
+def _split_ours(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--kvmem-...` flags that no option matched, misspelled ones, out of vLLM's."""
+    flags: list[str] = []
+    ours: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith(OUR_PREFIX):
+            name, equals, text = argument.removeprefix(OUR_PREFIX).partition("=")
+            ours[name.replace("-", "_")] = text if equals else next(rest, "")
+        else:
+            flags.append(argument)
+    return flags, ours
+
+
+def _value(name: str, text: str) -> Any:
+    """`text` as the setting's type, or as it is: `Config.parse` then says what is wrong."""
+    types = {f.name: f.type for f in msgspec.structs.fields(config.Config)}
+    try:
+        return msgspec.convert(text, types.get(name, str), strict=False)
+    except msgspec.ValidationError:
+        return text
+
+
+def _with_settings() -> Any:
+    """`_serve` with one option for each of kvmem's settings, from their own description."""
+    fixed = list(inspect.signature(_serve, eval_str=True).parameters.values())
+    options = [
+        inspect.Parameter(
+            setting.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                str | None,
+                typer.Option(
+                    OUR_PREFIX + setting.name.replace("_", "-"),
+                    help=f"{setting.reason} {setting.cost} Unit: {setting.unit}. "
+                    f"Default: {_shown(setting.default)}.",
+                    metavar=_kind(setting.name),
+                    rich_help_panel=PANEL,
+                ),
+            ],
+        )
+        for setting in config.describe()
+    ]
+
+    def serve(context: typer.Context, **values: Any) -> None:
+        _serve(context, **values)
+
+    serve.__doc__ = _serve.__doc__
+    parameters = [*fixed[:-1], *options]
+    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    serve.__annotations__ = {p.name: p.annotation for p in parameters}
+    return serve
+
+
+def _shown(default: Any) -> str:
+    return "unset" if default is None else str(default).lower()
+
+
+def _kind(name: str) -> str:
+    default = getattr(config.Config(), name)
+    return {bool: "TRUE|FALSE", float: "NUMBER", int: "COUNT"}.get(type(default), "TEXT")
+
+
+app.command(
+    "serve",
+    options_metavar="",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(_with_settings())
+
+
+@app.command()
+def stats(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON list, for machines; with --watch one a line.")
+    ] = False,
+    interval_s: Annotated[
+        float, typer.Option("--interval", min=0.1, help="Seconds between refreshes.")
+    ] = 1.0,
+) -> None:
+    """Show what each running engine of yours reuses, computes and stores.
+
+    Reads the page that every engine with kvmem keeps in shared memory; the engine does not
+    notice. Exit code 1 when no engine is running.
+    """
+    from kvmem.cli.live import show
+
+    if not show(watch=watch, as_json=as_json, interval_s=interval_s):
+        typer.echo("kvmem: no engine with kvmem is running. Start one: kvmem serve MODEL", err=True)
+        raise typer.Exit(NO_ENGINE)

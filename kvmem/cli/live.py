@@ -1,0 +1,182 @@
+"""What running engines say of themselves: read from their arenas' pages, shown as tables."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from kvmem.store.arena import Arena, list_live
+
+__all__ = ["Page", "pages", "render", "show"]
+
+
+class Host(msgspec.Struct, frozen=True):
+    """The host tier: slots and bytes."""
+
+    slots: int
+    used: int
+    leased: int
+    bytes: int
+    slot_bytes: int
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """Since the engine started."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    tokens_hit_device: int = 0
+    tokens_hit_host: int = 0
+    tokens_computed: int = 0
+    blocks_stored: int = 0
+    blocks_loaded: int = 0
+    bytes_stored: int = 0
+    bytes_loaded: int = 0
+    load_s: float = 0.0
+    store_s: float = 0.0
+    evictions: int = 0
+    refused: int = 0
+    failures: int = 0
+    quarantined: int = 0
+
+
+class Page(msgspec.Struct, frozen=True):
+    """One engine's page, as its connector writes it; `arena` is added by the reader."""
+
+    model: str
+    pid: int
+    updated_s: float
+    host: Host
+    counters: Counters
+    last_failure: str | None = None
+    arena: str = ""
+
+
+def pages() -> list[Page]:
+    """The page of every engine of this user that is alive, by pid."""
+    found = []
+    for live in list_live():
+        path = live.path
+        raw = Arena.read_stats(path)
+        if raw is None:
+            continue  # it has not written yet, or wrote while we read
+        page = msgspec.msgpack.decode(raw, type=Page)
+        found.append(msgspec.structs.replace(page, arena=path.name))
+    return sorted(found, key=lambda page: page.pid)
+
+
+def show(*, watch: bool, as_json: bool, interval_s: float) -> bool:
+    """Prints every engine's figures, once or until Ctrl-C; False when there is no engine."""
+    console = Console()
+    if as_json:
+        return _each(watch, interval_s, lambda found: print(_json(found), flush=True))
+    if not watch:
+        return _each(False, interval_s, lambda found: console.print(render(found, time.time())))
+    with Live(console=console, auto_refresh=False) as live:
+        return _each(
+            True, interval_s, lambda found: live.update(render(found, time.time()), refresh=True)
+        )
+
+
+def render(found: list[Page], now_s: float) -> Group:
+    """A table an engine."""
+    return Group(*(_table(page, now_s) for page in found))
+
+
+def _each(watch: bool, interval_s: float, put: Callable[[list[Page]], None]) -> bool:
+    with _until_interrupted() as interrupted:
+        while True:
+            found = pages()
+            if not found:
+                return False
+            put(found)
+            if not watch or interrupted.wait(interval_s):
+                return True
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, in place of ending the process mid-line."""
+    event = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: event.set()) for number in numbers]
+    try:
+        yield event
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _json(found: list[Page]) -> str:
+    return msgspec.json.encode(found).decode()
+
+
+def _table(page: Page, now_s: float) -> Table:
+    counters, host = page.counters, page.host
+    drawn = Table(
+        title=f"{page.model}  (pid {page.pid}, arena {page.arena}, "
+        f"written {max(0.0, now_s - page.updated_s):.1f} s ago)",
+        title_justify="left",
+        show_header=False,
+    )
+    drawn.add_column()
+    drawn.add_column(justify="right")
+    drawn.add_column()
+    prompt = counters.prompt_tokens
+    drawn.add_row("requests", f"{counters.requests:,}", "")
+    drawn.add_row("prompt tokens", f"{prompt:,}", "")
+    for label, tokens in (
+        ("  computed", counters.tokens_computed),
+        ("  reused from the device", counters.tokens_hit_device),
+        ("  reused from the host", counters.tokens_hit_host),
+    ):
+        drawn.add_row(label, f"{tokens:,}", _share(tokens, prompt))
+    drawn.add_section()
+    drawn.add_row(
+        "host tier",
+        f"{_size(host.bytes)}",
+        f"{host.used:,} of {host.slots:,} blocks ({_share(host.used, host.slots)}), "
+        f"{host.leased:,} leased",
+    )
+    drawn.add_row(
+        "stored",
+        f"{counters.blocks_stored:,} blocks",
+        _rate(counters.bytes_stored, counters.store_s),
+    )
+    drawn.add_row(
+        "loaded",
+        f"{counters.blocks_loaded:,} blocks",
+        _rate(counters.bytes_loaded, counters.load_s),
+    )
+    drawn.add_row("evicted", f"{counters.evictions:,} blocks", "")
+    drawn.add_row("refused", f"{counters.refused:,} blocks", "no room, or no parent here")
+    trouble = "bold red" if counters.failures or counters.quarantined else None
+    drawn.add_row("failures", f"{counters.failures:,}", page.last_failure or "", style=trouble)
+    drawn.add_row("quarantined", f"{counters.quarantined:,} blocks", "", style=trouble)
+    return drawn
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else ""
+
+
+def _size(n_bytes: int) -> str:
+    if n_bytes <= 0:
+        return "0 B"
+    power = min(4, int(math.log(n_bytes, 1024)))
+    return f"{n_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _rate(n_bytes: int, seconds: float) -> str:
+    if seconds <= 0:
+        return _size(n_bytes)
+    return f"{_size(n_bytes)} in {seconds:.2f} s, {n_bytes / seconds / 1e9:.1f} GB/s"
