@@ -1,0 +1,102 @@
+"""What README and docs name exists; what code can say, code has written."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs import blocks, settings_table
+
+ROOT = blocks.ROOT
+MADE = {"kvmem/_core.abi3.so"}  # by `make setup`, so not in the repository
+
+
+def ids(path: Path) -> str:
+    return path.name
+
+
+@pytest.mark.parametrize("document", blocks.DOCUMENTS, ids=ids)
+def test_every_path_named_exists(document: Path) -> None:
+    named = blocks.named_paths(document.read_text()) - MADE
+    beside = document.parent
+    missing = [p for p in named if not (ROOT / p).exists() and not (beside / p).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", blocks.DOCUMENTS, ids=ids)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text())
+    local = [link for link in links if not link.startswith(("http://", "https://"))]
+    assert [link for link in local if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", blocks.DOCUMENTS, ids=ids)
+def test_every_make_target_named_exists(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*  ## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert blocks.make_targets(document.read_text()) - targets == set()
+
+
+@pytest.mark.parametrize("document", blocks.DOCUMENTS, ids=ids)
+def test_every_command_named_exists(document: Path) -> None:
+    import typer
+
+    from kvmem.cli import app
+
+    command = typer.main.get_command(app)
+    assert blocks.commands(document.read_text()) - set(command.commands) == set()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("document", blocks.DOCUMENTS, ids=ids)
+def test_every_test_cited_exists(document: Path) -> None:
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    native = {path.stem for path in (ROOT / "tests" / "native").glob("*_test.cc")}
+    cited = blocks.test_names(document.read_text())
+    assert {name for name in cited if f"def {name}(" not in written} - native == set()
+
+
+def test_readme_names_the_two_commands() -> None:
+    assert {"demo", "test"} <= blocks.make_targets(blocks.README.read_text())
+
+
+def test_readme_commands_are_seen() -> None:
+    assert {"serve", "stats"} <= blocks.commands(blocks.README.read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("see `tests/unit/gone.py`", {"tests/unit/gone.py"}),
+        ("see [it](docs/gone.md)", {"docs/gone.md"}),
+        ("```\ncat kvmem/gone.py\n```", {"kvmem/gone.py"}),
+        ("plain tests/unit/gone.py is prose", set()),
+    ],
+)
+def test_paths_are_seen_where_they_are_claims(text: str, found: set[str]) -> None:
+    assert blocks.named_paths(text) == found
+
+
+def test_settings_table_is_what_the_code_describes() -> None:
+    page = settings_table.PAGE.read_text()
+    assert settings_table.in_page(page) == settings_table.table(), "`make golden` writes it anew"
+
+
+def test_every_invariant_cited_in_the_code_is_in_the_document() -> None:
+    document = (ROOT / "docs" / "invariants.md").read_text()
+    written = set(re.findall(r"^## (I\d+) ", document, re.MULTILINE))
+    cited: set[str] = set()
+    for folder in ("kvmem", "csrc"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".h", ".cc", ".cu"}:
+                cited.update(re.findall(r"\b(I\d{1,2})\b", path.read_text()))
+    assert written == {f"I{n}" for n in range(1, 12)}
+    assert cited - written == set()
+
+
+def test_error_tree_of_the_docstring_is_the_tree_of_the_classes() -> None:
+    tree = ast.parse((ROOT / "kvmem" / "errors.py").read_text())
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    drawn = re.findall(r"^[ │]*[├└]── (\w+)", ast.get_docstring(tree) or "", re.MULTILINE)
+    assert {*drawn, "KVMemError"} == classes

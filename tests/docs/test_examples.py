@@ -1,0 +1,106 @@
+"""README's Python blocks are the files in examples/, and they run."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.docs import blocks
+
+ROOT = blocks.ROOT
+IN_README = {m["path"]: m["code"] for m in blocks.EXAMPLE.finditer(blocks.README.read_text())}
+KVMEM = Path(sys.executable).with_name("kvmem")
+
+
+def run(path: str, **environment: str) -> list[str]:
+    """The lines that an example prints."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def tokens(line: str) -> dict[str, int]:
+    """The dict that a line holds."""
+    found = re.search(r"\{.*?\}", line)
+    assert found, line
+    return dict(ast.literal_eval(found[0]))
+
+
+def test_readme_shows_every_example_and_nothing_else() -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*.py")}
+    assert set(IN_README) == files
+    assert blocks.README.read_text().count("```python") == len(IN_README)
+
+
+@pytest.mark.parametrize("path", IN_README)
+def test_readme_block_is_the_file(path: str) -> None:
+    assert IN_README[path] == (ROOT / path).read_text()
+
+
+def test_keys_and_cache_run_without_an_engine() -> None:
+    lines = run("examples/01_offline.py")
+    assert lines == ["2 of 4 blocks are here; the next is missing because it is new"]
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_engine_example_loads_what_it_stored(smollm2: str) -> None:
+    lines = run("examples/02_engine.py", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
+    first, again, no_load = (tokens(line) for line in lines if "{'prompt'" in line)
+    assert first["host"] == 0
+    assert again["host"] > 0
+    assert again["host"] + again["computed"] == first["computed"]
+    assert no_load == first
+
+
+@pytest.fixture
+def server(smollm2: str) -> Iterator[str]:
+    """The address of a `kvmem serve` that runs as README starts it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--port", str(port), "--max-model-len", "2048", "--block-size", "32"]
+    flags += ["--enforce-eager"]
+    with subprocess.Popen(
+        [str(KVMEM), "serve", smollm2, "--kvmem-host-gb", "0.5", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+    ) as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Application startup complete" in line:
+                break
+        else:
+            pytest.fail("".join(said[-40:]))
+        yield f"http://127.0.0.1:{port}/v1"
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_client_example_gets_its_receipt_and_stats_show_it(server: str) -> None:
+    environment = {"OPENAI_BASE_URL": server, "OPENAI_API_KEY": "none"}
+    first, again = (run("examples/03_client.py", **environment)[-1] for _ in range(2))
+    assert tokens(first)["computed"] == tokens(first)["prompt"]
+    assert tokens(again)["device"] + tokens(again)["host"] > 0
+    stats = subprocess.run([str(KVMEM), "stats"], capture_output=True, text=True)
+    assert stats.returncode == 0, stats.stderr
+    assert "SmolLM2-135M-Instruct" in stats.stdout

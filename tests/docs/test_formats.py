@@ -1,0 +1,163 @@
+"""docs/formats.md takes a real arena apart; what it says is what is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from kvmem._core import SlotCopier
+from kvmem.errors import ArenaError
+from kvmem.store.arena import Arena
+from kvmem.store.layout import Header, Stats
+
+PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+SPACE = bytes(range(32))
+KEYS = b"a" * 32 + b"b" * 32
+PIECE = 500
+
+Fields = dict[str, int | bytes | str]
+
+
+def section(title: str) -> str:
+    return PAGE.split(f"\n### {title}\n")[1].split("\n### ")[0]
+
+
+def rows(title: str) -> list[tuple[int, int, str, str]]:
+    found = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \| (\w+) \|", section(title), re.MULTILINE)
+    return [(int(at), int(n), kind, name) for at, n, kind, name in found]
+
+
+def parse(title: str, data: bytes) -> Fields:
+    fields: Fields = {}
+    for at, n, kind, name in rows(title):
+        piece = data[at : at + n]
+        if kind == "number":
+            fields[name] = int.from_bytes(piece, "little")
+        else:
+            fields[name] = piece.rstrip(b"\0").decode() if kind == "text" else piece
+    return fields
+
+
+@pytest.fixture
+def arena(arena_name: str) -> Iterator[Arena]:
+    arena = Arena.create(
+        arena_name, n_slots=3, slot_bytes=2 * PIECE, namespace=SPACE, group=5, label="SmolLM2"
+    )
+    yield arena
+    arena.close(unlink=True)
+
+
+@pytest.fixture
+def stored(arena: Arena) -> tuple[Arena, bytes]:
+    """An arena with blocks 1 and 0 in slots 0 and 2 at generations 7 and 9; block 0's bytes."""
+    device = np.random.default_rng(3).integers(0, 256, (2, 2, PIECE), dtype=np.uint8)
+    copier = SlotCopier(arena.buffer, threads=1)
+    copier.register_layers(
+        np.array([layer.ctypes.data for layer in device], np.uint64),
+        np.full(2, PIECE, np.uint64),
+        np.full(2, PIECE, np.uint64),
+        2,
+    )
+    ids, slots = np.array([1, 0], np.int32), np.array([0, 2], np.int32)
+    status, _ = copier.store(ids, slots, np.array([7, 9], np.uint64), KEYS)
+    assert status.tolist() == [0, 0]
+    return arena, device[:, 0].tobytes()
+
+
+@pytest.mark.parametrize(("title", "size"), [("header", 4096), ("descriptor", 128), ("stats", 24)])
+def test_the_fields_follow_each_other_without_gaps(title: str, size: int) -> None:
+    end = 0
+    for at, n, _, _ in rows(title):
+        assert at == end
+        end = at + n
+    assert end == size
+
+
+def test_a_real_header_reads_as_the_page_says(arena: Arena) -> None:
+    data = arena.path.read_bytes()
+    fields = parse("header", data)
+    header = arena.header
+    assert fields["magic"] == b"KVMEMARN"
+    assert fields["byte_order"] == 0x01020304
+    assert fields["total_bytes"] == len(data)
+    assert (fields["n_slots"], fields["slot_bytes"], fields["slot_stride"]) == (3, 1000, 1024)
+    assert fields["descriptors_offset"] == 4096
+    assert fields["stats_offset"] == 8192
+    assert fields["stats_bytes"] == 65536
+    assert fields["data_offset"] == 2 << 20
+    assert (fields["group"], fields["namespace"], fields["label"]) == (5, SPACE, "SmolLM2")
+    assert (fields["uid"], fields["owner_pid"]) == (header.uid, header.owner_pid)
+    assert (fields["owner_start"], fields["creator"]) == (header.owner_start, header.creator)
+    assert not any(data[296:4088])
+    assert fields["header_checksum"] == xxhash.xxh3_64_intdigest(data[:4088])
+
+
+def test_a_real_descriptor_reads_as_the_page_says(stored: tuple[Arena, bytes]) -> None:
+    arena, block = stored
+    data = arena.path.read_bytes()
+    header = parse("header", data)
+    assert isinstance(header["descriptors_offset"], int)
+    fields = parse("descriptor", data[header["descriptors_offset"] + 2 * 128 :][:128])
+    assert fields["stamp"] == 9 * 4 + 2
+    assert (fields["group"], fields["length"]) == (5, 1000)
+    assert (fields["key"], fields["namespace"]) == (KEYS[32:], SPACE)
+    assert fields["checksum"] == xxhash.xxh3_64_intdigest(block)
+    assert (fields["zero"], fields["reserved"]) == (bytes(4), bytes(32))
+
+
+def test_the_slot_holds_the_pieces_side_by_side(stored: tuple[Arena, bytes]) -> None:
+    arena, block = stored
+    header = parse("header", arena.path.read_bytes()[:4096])
+    assert isinstance(header["data_offset"], int)
+    assert isinstance(header["slot_stride"], int)
+    at = header["data_offset"] + 2 * header["slot_stride"]
+    assert arena.path.read_bytes()[at : at + len(block)] == block
+
+
+def test_an_empty_slot_has_stamp_zero(stored: tuple[Arena, bytes]) -> None:
+    data = stored[0].path.read_bytes()
+    assert parse("descriptor", data[4096 + 128 :][:128])["stamp"] == 0
+
+
+def test_real_stats_read_as_the_page_says(arena: Arena) -> None:
+    for value in (b"one", b"two", b"three"):
+        arena.write_stats(value)
+    region = arena.path.read_bytes()[8192 : 8192 + 65536]
+    for s, value in ((3, b"three"), (2, b"two")):
+        buffer = region[(s % 2) * 32768 :][:32768]
+        fields = parse("stats", buffer)
+        assert (fields["sequence"], fields["length"]) == (s, len(value))
+        assert buffer[24 : 24 + len(value)] == value
+        assert fields["value_checksum"] == xxhash.xxh3_64_intdigest(buffer[8 : 24 + len(value)])
+    assert f"at most {Stats.ROOM:,}" in section("stats")
+
+
+def test_the_example_is_what_its_header_encodes_to() -> None:
+    page = Header(
+        n_slots=2,
+        slot_bytes=1000,
+        namespace=SPACE,
+        group=0,
+        uid=1000,
+        owner_pid=4242,
+        owner_start=123456,
+        creator="0.1.0",
+        label="SmolLM2-135M",
+    ).encode()
+    lines = [f"{at:06x}  {page[at : at + 16].hex(' ')}" for at in range(0, 4096, 16)]
+    written = [line for line in lines if not line.endswith(" ".join(["00"] * 16))]
+    assert re.findall(r"^[0-9a-f]{6}  .*$", section("header"), re.MULTILINE) == written
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_any_other_version_is_refused_by_both_sides(arena: Arena, version: int) -> None:
+    arena.buffer[8:12] = version.to_bytes(4, "little")
+    with pytest.raises(ArenaError, match=f"version {version}"):
+        Arena.open(arena.path)
+    with pytest.raises(ValueError, match=f"version {version}"):
+        SlotCopier(arena.buffer, threads=1)
