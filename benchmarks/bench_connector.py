@@ -28,7 +28,7 @@ import inspect
 import pickle
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
-__all__: list[str] = []
+__all__ = ["Phase", "measure", "table"]
 
 _SEED = 20_261_123
 _TOKEN = 7
@@ -300,7 +300,15 @@ def _engine(n_requests: int, block_tokens: int) -> Iterator[Engine]:
         engine.scheduler.shutdown()
 
 
-def _measure(engine: Engine, n_requests: int, block_tokens: int, n_decode: int) -> list[Phase]:
+def measure(n_requests: int, block_tokens: int, n_decode: int) -> tuple[Phase, Phase, Phase]:
+    """Prefill, decode and load; the decode phase takes `n_decode` steps."""
+    with _engine(n_requests, block_tokens) as engine:
+        return _phases(engine, n_requests, block_tokens, n_decode)
+
+
+def _phases(
+    engine: Engine, n_requests: int, block_tokens: int, n_decode: int
+) -> tuple[Phase, Phase, Phase]:
     gc.collect()
     gc.freeze()  # as vLLM's engine core does once it has started
     prefill = _admit(engine, _requests(n_requests, block_tokens, engine.config))
@@ -321,11 +329,7 @@ def _measure(engine: Engine, n_requests: int, block_tokens: int, n_decode: int) 
             "phase would measure something else"
         )
     engine.finish_all()
-    return [
-        Phase.of("prefill", prefill),
-        Phase.of("decode", decode),
-        Phase.of("load", load),
-    ]
+    return Phase.of("prefill", prefill), Phase.of("decode", decode), Phase.of("load", load)
 
 
 def _admit(engine: Engine, requests: list[Request]) -> list[Step]:
@@ -340,12 +344,14 @@ def _admit(engine: Engine, requests: list[Request]) -> list[Step]:
     return steps
 
 
-def _table(phases: list[Phase]) -> None:
+def table(phases: Iterable[Phase]) -> str:
+    """The phases as aligned text, one line each, with a heading."""
     heads = ("steps", "step", "kvmem", "kvmem p99", "share", "pickle")
-    print(f"\n{'':9}" + "".join(f"{head:>11}" for head in heads) + "   µs of CPU a step")
+    lines = [f"{'':9}" + "".join(f"{head:>11}" for head in heads) + "   µs of CPU a step"]
     for p in phases:
         numbers = f"{p.steps:11}{p.step_us:11.1f}{p.connector_us:11.1f}{p.connector_p99_us:11.1f}"
-        print(f"{p.name:9}{numbers}{p.share:11.1%}{p.pickle_us:11.1f}")
+        lines.append(f"{p.name:9}{numbers}{p.share:11.1%}{p.pickle_us:11.1f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -360,9 +366,8 @@ def main() -> None:
     exit_on_sigterm()
     before = shared_memory()
     n_decode = args.block_tokens if args.short else 2 * max(args.block_tokens, 64)
-    with _engine(args.requests, args.block_tokens) as engine:
-        phases = _measure(engine, args.requests, args.block_tokens, n_decode)
-    _table(phases)
+    phases = measure(args.requests, args.block_tokens, n_decode)
+    print("\n" + table(phases))
     prefill, decode, load = phases
     finish(
         {

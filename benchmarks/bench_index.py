@@ -20,11 +20,16 @@ session's opening, the shared prompt, is hashed when the session is made, before
 is in no arm of ours but `stateless`. Time is the thread's CPU time; the arms of a turn run in
 rotating order, each over all agents in one go. A ratio is that of a whole repetition (20 turns of
 every agent); medians over repetitions are reported.
+
+Inside the connector nothing is hashed, and what counts is the scheduler thread's CPU time in kvmem
+a step: `connector_us_per_step` beside the step's own, 64 running requests of 8k tokens, as
+bench_connector measures it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import time
 from collections.abc import Callable
@@ -41,6 +46,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
+from benchmarks import bench_connector
+from benchmarks._arms import BLOCK_TOKENS
 from benchmarks._report import Row, finish, table
 from kvmem._core import HostTier
 from kvmem.hashing import BlockHasher, TokenCursor
@@ -225,6 +232,8 @@ def main() -> None:
     n_repetitions = max(5, options.repetitions or (5 if options.short else 15))
     resident, stats = memory_per_block()
     repetition(1, seed=0)  # warm-up
+    gc.collect()
+    gc.freeze()  # else collections of vLLM's own objects fall on the arm that allocates most
     samples: dict[str, list[float]] = {name: [] for name in ARMS}
     for seed in range(1, n_repetitions + 1):
         spent, n_turns = repetition(AGENTS, seed)
@@ -243,12 +252,18 @@ def main() -> None:
         f"a full tier of 1,000,000 blocks grew the process by {resident:.1f} B a block: 32 key, "
         f"{stats['bytes_per_block']} index, {stats['side_bytes_per_block']} blocks gone"
     )
+    phases = bench_connector.measure(64, BLOCK_TOKENS, BLOCK_TOKENS if options.short else 256)
+    _, decode, _ = phases
+    print(bench_connector.table(phases))
     finish(
         {
             "turn_list_vs_vllm": rows[0].ratio,
             "turn_delta_vs_vllm": rows[1].ratio,
             "match_given_hashes_vs_vllm": rows[2].ratio,
             "bytes_per_block": resident - 32 - stats["side_bytes_per_block"],
+            "connector_us_per_step": decode.connector_us,
+            "step_us": decode.step_us,
+            "connector_share": decode.share,
         }
     )
 
