@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, NoReturn, Self
 
+from kvmem.store.arena import sweep
+
 __all__ = ["Child", "ChildError", "exit_on_sigterm", "free_port", "leftovers", "shared_memory"]
 
 _GRACE_S = 20.0
@@ -202,12 +204,21 @@ def shared_memory() -> set[str]:
 
 
 def leftovers(before: set[str], marks: Sequence[str] = ("kvmem", "lmcache", "vllm")) -> list[str]:
-    """Names that came into /dev/shm since `before`, of kvmem and its competitors, and that no
-    process has mapped: another engine on this machine keeps its own.
+    """Names that came into /dev/shm since `before`, of kvmem and its competitors, behind which
+    nobody lives: another engine on this machine keeps its own.
     """
+    sweep()  # an engine that vLLM killed leaves a link of no bytes, which the next start removes
     new = [n for n in shared_memory() - before if any(mark in n.lower() for mark in marks)]
     mapped = "".join(_maps(pid) for pid in _pids()) if new else ""
-    return sorted(name for name in new if f"/dev/shm/{name}" not in mapped)
+    return sorted(
+        name
+        for name in new
+        if f"/dev/shm/{name}" not in mapped and not _leads_somewhere(Path("/dev/shm") / name)
+    )
+
+
+def _leads_somewhere(path: Path) -> bool:
+    return path.is_symlink() and path.exists()
 
 
 def _pids() -> list[int]:

@@ -1,29 +1,24 @@
-"""The host arena: a private file in shared memory that both halves of a connector map.
+"""The host arena: private shared memory that both halves of a connector map.
 
-    /dev/shm/kvmem-<uid>-<name>    mode 0600; layout.py has its bytes
+    /dev/shm/kvmem-<uid>-<name>  ->  /proc/<pid>/fd/<fd>
 
-Who is alive is told by locks of open file descriptions, never by a clock or a bare pid:
+The bytes (layout.py) lie in a file without a name, mode 0600, that its owner, the scheduler's
+half, keeps open. The name is a link to that open file, so it leads somewhere exactly as long as
+the owner lives: the kernel ends both however a process ends, SIGKILL included, and gives the
+memory back when the last mapping is gone. What a killed owner leaves is a link of no bytes to
+nowhere, which the next start removes. Nobody asks a clock or a lock who is alive.
 
-    byte 0  held exclusively by the owner, the scheduler's half
-    byte 1  held shared by everyone who has it mapped
-
-A mapping keeps its file description, so the locks are held until the last mapping is gone, also
-when `close` was called before.
-
-A file whose two bytes nobody holds belonged to processes that are gone; nothing can write into it
-any more (I3), and the next start reclaims it. (A forked child that keeps the file open counts.)
+Removing a name frees no memory and moves none, so it can harm no mapping (I3).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import re
 import stat
-import struct
 import weakref
 from collections.abc import Iterator
 from importlib import metadata
@@ -39,16 +34,15 @@ __all__ = ["Arena", "LiveArena", "list_live", "sweep"]
 
 FOLDER = Path("/dev/shm")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_OWNER, _MAPPER = 0, 1
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
+_TARGET = re.compile(r"/proc/([1-9][0-9]*)/fd/([0-9]+)")
 _RETRIES = 8
 
 
 class Arena:
     """One mapped arena; made by `create` (the owner) or `open` (a mapper).
 
-    The mapping lives until the last user of `buffer` lets go of it; an owner that ends without
-    `close` takes the file with it all the same, unless it is killed.
+    The mapping lives until the last user of `buffer` lets go of it. An owner that ends takes name
+    and memory with it, `close` or not.
     """
 
     def __init__(
@@ -112,7 +106,7 @@ class Arena:
     ) -> Arena:
         """A new arena of zeros, all of its memory reserved, owned by this process.
 
-        A dead owner's file of that name is reclaimed.
+        A dead owner's link of that name is removed.
 
         Args:
             name: see the setting `arena`.
@@ -140,15 +134,12 @@ class Arena:
             creator=metadata.version("kvmem"),
             label=label,
         )
-        with contextlib.suppress(FileNotFoundError):  # it went by itself meanwhile
-            _refuse_a_live_one(path)
+        _refuse_a_live_one(path)
         _check_room(header.total_bytes)
         _check_shape(header)
         fd = _open_nameless()
         try:
             os.fchmod(fd, 0o600)  # whatever the umask
-            _lock(fd, _OWNER, fcntl.F_WRLCK)
-            _lock(fd, _MAPPER, fcntl.F_RDLCK)
             _reserve(fd, header.total_bytes)
             os.pwrite(fd, header.encode(), 0)
             mapping = _map(fd, header.total_bytes)
@@ -168,16 +159,8 @@ class Arena:
             ArenaError: the file is not this user's, not private, no arena, of another version,
                 damaged, or its owner is gone.
         """
-        fd = _open_private(path)
+        fd, header = _open_or_refuse(path)
         try:
-            header = _read_header(fd, path)
-            _lock(fd, _MAPPER, fcntl.F_RDLCK)
-            if not _is_held(fd, _OWNER):
-                raise ArenaError(
-                    f"The owner of {path} is gone",
-                    next_step="Start the engine again: the file is reclaimed then.",
-                    path=path,
-                )
             owned = _OWNED.get(path)
             same = owned is not None and owned.header == header
             mapping = owned.buffer if owned is not None and same else _map(fd, header.total_bytes)
@@ -219,11 +202,11 @@ class Arena:
         """The last payload that was written whole; None before the first.
 
         Raises:
-            ArenaError: the file is no arena of this user.
+            ArenaError: the file is no arena of this user, or its owner is gone.
+            FileNotFoundError: there is no such arena.
         """
-        fd = _open_private(path)
+        fd, header = _open_or_refuse(path)
         try:
-            header = _read_header(fd, path)
             for _ in range(_RETRIES):
                 found = Stats.unpack(os.pread(fd, STATS_BYTES, header.stats_offset))
                 if found is not None:
@@ -245,20 +228,18 @@ class LiveArena(msgspec.Struct, frozen=True):
 def list_live() -> list[LiveArena]:
     """This user's arenas whose owners are alive, by name."""
     found = []
-    for path in _files():
+    for path in _links():
         with contextlib.suppress(ArenaError, FileNotFoundError):
-            fd = _open_private(path)
-            try:
-                if _is_held(fd, _OWNER):
-                    found.append(LiveArena(path, _read_header(fd, path)))
-            finally:
-                os.close(fd)
+            live = _open_live(path)
+            if live is not None:
+                os.close(live[0])
+                found.append(LiveArena(path, live[1]))
     return found
 
 
 def sweep() -> list[Path]:
-    """Removes this user's arenas that nobody holds any more; the answer is which."""
-    return [path for path in _files() if _reclaim(path)]
+    """Removes this user's links whose owners are gone; the answer is which."""
+    return [path for path in _links() if _remove_dead(path)]
 
 
 # The arenas that this process made: its worker half uses the same mapping.
@@ -269,51 +250,108 @@ def _let_go(pid: int, fd: int, path: Path | None) -> None:
     if os.getpid() != pid:  # a forked child ends: the arena is its parent's
         return
     if path is not None:
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(fd)):
+        with contextlib.suppress(OSError):  # not there, or no link: then it is not ours
+            if path.readlink() == _target(fd):
                 path.unlink()
     os.close(fd)
+
+
+def _target(fd: int) -> Path:
+    return Path(f"/proc/{os.getpid()}/fd/{fd}")
 
 
 def _prefix() -> str:
     return f"kvmem-{os.getuid()}-"
 
 
-def _files() -> Iterator[Path]:
+def _links() -> Iterator[Path]:
     yield from sorted(FOLDER.glob(f"{_prefix()}*"))
 
 
-def _reclaim(path: Path) -> bool:
-    """Removes a file that nobody holds: no owner, and no mapper that could still write (I3)."""
+def _open_live(path: Path) -> tuple[int, Header] | None:
+    """A descriptor of the arena behind a link and its header; None when the owner is gone.
+
+    Raises:
+        ArenaError: the link, or what it leads to, is no private arena of this user.
+        FileNotFoundError: there is no link.
+    """
+    found = path.lstat()
+    target = _TARGET.fullmatch(str(path.readlink())) if stat.S_ISLNK(found.st_mode) else None
+    if target is None or found.st_uid != os.getuid():
+        raise ArenaError(f"{path} is not a private arena of yours", next_step=_REMOVE, path=path)
     try:
-        fd = _open_private(path)
-    except (FileNotFoundError, ArenaError):
-        return False
+        # The pid may be another process's by now, and anything its descriptor: only a file of
+        # this folder that has no name is opened.
+        if not str(Path(target[0]).readlink()).startswith(f"{FOLDER}/#"):
+            return None
+        fd = os.open(target[0], os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except OSError as error:
+        raise ArenaError(
+            f"{path} can't be opened: {error.strerror}", next_step=_REMOVE, path=path
+        ) from error
     try:
-        try:
-            for byte in (_OWNER, _MAPPER):
-                _lock(fd, byte, fcntl.F_WRLCK)
-        except BlockingIOError:
-            return False
-        # Locked, it can't change hands; what is under the name may be another file by now.
-        if not os.path.samestat(path.stat(follow_symlinks=False), os.fstat(fd)):
-            return False
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    finally:
+        header = _read_header(fd, path)
+        pid = int(target[1])
+        if (header.owner_pid, header.owner_start) == (pid, _start_time(pid)):
+            return fd, header
+    except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+        pass
+    except BaseException:
         os.close(fd)
-    return True
+        raise
+    os.close(fd)
+    return None
+
+
+def _open_or_refuse(path: Path) -> tuple[int, Header]:
+    found = _open_live(path)
+    if found is None:
+        raise ArenaError(
+            f"The owner of {path} is gone",
+            next_step="Start the engine again; the memory is free already.",
+            path=path,
+        )
+    return found
+
+
+def _remove_dead(path: Path) -> bool:
+    """Removes a link whose owner is gone, and no other, also when it changes hands meanwhile."""
+    try:
+        dead = path.readlink()
+        if _open_and_close(path):
+            return False
+        aside = path.with_name(f"{path.name}.gone-{os.getpid()}")
+        path.rename(aside)
+    except (OSError, ArenaError):  # gone, or not ours
+        return False
+    same = aside.readlink() == dead
+    if not same:  # another start was quicker: this is its link, back to its place
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path, follow_symlinks=False)
+    aside.unlink()
+    return same
+
+
+def _open_and_close(path: Path) -> bool:
+    """Whether the link leads to a living owner's arena."""
+    live = _open_live(path)
+    if live is not None:
+        os.close(live[0])
+    return live is not None
 
 
 def _refuse_a_live_one(path: Path) -> None:
-    if not os.path.lexists(path) or _reclaim(path):
-        return
-    fd = _open_private(path)
     try:
-        header = _read_header(fd, path)
-    finally:
-        os.close(fd)
+        live = _open_live(path)
+    except FileNotFoundError:
+        return
+    if live is None:
+        _remove_dead(path)
+        return
+    fd, header = live
+    os.close(fd)
     raise ArenaInUse(
         f"kvmem's arena {path} is in use by the engine of process {header.owner_pid}",
         next_step="Give this engine another name by the setting 'arena', or end the other one.",
@@ -336,22 +374,14 @@ def _open_nameless() -> int:
 
 
 def _link(fd: int, path: Path) -> None:
-    """Gives the whole, locked file its name, unless a live engine has that."""
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for _ in range(_RETRIES):
-            try:
-                # With a folder's descriptor os.link is linkat(AT_SYMLINK_FOLLOW), open(2)'s way
-                # to name such a file.
-                os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=folder)
-            except FileExistsError:
-                # One that went between the two looks is no reason to stop.
-                with contextlib.suppress(FileNotFoundError):
-                    _refuse_a_live_one(path)
-            else:
-                return
-    finally:
-        os.close(folder)
+    """Gives the whole file its name, unless a live engine has that."""
+    for _ in range(_RETRIES):
+        try:
+            path.symlink_to(_target(fd))
+        except FileExistsError:
+            _refuse_a_live_one(path)
+        else:
+            return
     raise ArenaInUse(
         f"Other engines keep taking the arena {path}",
         next_step="Give this engine another name by the setting 'arena'.",
@@ -360,52 +390,17 @@ def _link(fd: int, path: Path) -> None:
     )
 
 
-def _open_private(path: Path) -> int:
-    """A descriptor of a plain file that is this user's alone.
-
-    Raises:
-        ArenaError: it is something else.
-        FileNotFoundError: it is not there.
-    """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ArenaError(
-            f"{path} can't be opened: {error.strerror}", next_step=_REMOVE, path=path
-        ) from error
-    found = os.fstat(fd)
-    private = found.st_uid == os.getuid() and not found.st_mode & 0o077
-    if not stat.S_ISREG(found.st_mode) or not private:
-        os.close(fd)
-        raise ArenaError(f"{path} is not a private file of yours", next_step=_REMOVE, path=path)
-    return fd
-
-
 _REMOVE = "Remove it, or choose another name by the setting 'arena'."
 
 
 def _read_header(fd: int, path: Path) -> Header:
-    header = Header.decode(os.pread(fd, HEADER_BYTES, 0), file_bytes=os.fstat(fd).st_size)
+    found = os.fstat(fd)
+    if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISREG(found.st_mode):
+        raise ArenaError(f"{path} is not a private file of yours", next_step=_REMOVE, path=path)
+    header = Header.decode(os.pread(fd, HEADER_BYTES, 0), file_bytes=found.st_size)
     if header.uid != os.getuid():
         raise ArenaError(f"{path} was made by user {header.uid}", next_step=_REMOVE, path=path)
     return header
-
-
-def _lock(fd: int, byte: int, kind: int) -> None:
-    """Takes the lock of one byte. Raises BlockingIOError when somebody else has it."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(error.errno, "locked") from error
-        raise
-
-
-def _is_held(fd: int, byte: int) -> bool:
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    return _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK
 
 
 def _map(fd: int, n_bytes: int) -> mmap.mmap:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvmem.demo.server import Server
-from kvmem.store.arena import Arena, sweep
+from kvmem.store.arena import Arena
 from tests.e2e.host import prompt
 
 pytestmark = pytest.mark.engine
@@ -98,16 +98,17 @@ def test_stats_are_of_the_running_engine(server: Server, arena: str) -> None:
     assert after["failures"] == 0
 
 
-def test_a_killed_engine_leaves_an_arena_that_the_next_start_reclaims(
-    smollm2: str, tmp_path: Path
+def test_a_killed_engine_frees_its_memory_and_the_next_start_removes_its_name(
+    smollm2: str, arena: str, server: Server, tmp_path: Path
 ) -> None:
-    name = f"killed-{os.getpid()}"
-    path = Arena.path_of(name)
-    with serve(smollm2, name, tmp_path / "log") as server:
-        complete(server, prompt(200, 11))
-        pid = stats(name)["pid"]
-        assert path.exists()
+    path = Arena.path_of(f"killed-{os.getpid()}")
+    with serve(smollm2, f"killed-{os.getpid()}", tmp_path / "log") as killed:
+        complete(killed, prompt(200, 11))
+        pid = stats(f"killed-{os.getpid()}")["pid"]
+        assert path.stat().st_nlink == 0  # no name holds the bytes: the kernel frees them
         os.kill(pid, signal.SIGKILL)
-    assert path.exists()  # nobody was left to remove it
-    assert path in sweep()
     assert not path.exists()
+    assert path.is_symlink()  # of no bytes, to nowhere
+    with serve(smollm2, f"next-{os.getpid()}", tmp_path / "next"):
+        assert not path.is_symlink()
+    assert stats(arena)["pid"] != pid  # the engine beside them was not touched

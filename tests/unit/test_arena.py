@@ -65,16 +65,16 @@ def test_an_arena_that_is_closed_can_be_made_again(arena_name: str) -> None:
     create(arena_name).close(unlink=True)
 
 
-def test_a_file_left_by_its_owner_is_reclaimed_when_the_last_mapping_goes(arena_name: str) -> None:
+def test_a_name_left_by_its_owner_is_free_while_the_bytes_are_mapped(arena_name: str) -> None:
     owner = create(arena_name)
     path, buffer = owner.path, owner.buffer
     owner.close(unlink=False)
-    del owner
-    assert path not in sweep()  # I3: who has it mapped could still write
-    with pytest.raises(ArenaInUse):
-        create(arena_name)
-    del buffer
     assert path in sweep()
+    buffer[-1] = 77  # I3: a mapping keeps its bytes, whatever becomes of the name
+    second = create(arena_name)
+    assert second.buffer[-1] == 0
+    assert buffer[-1] == 77
+    second.close(unlink=True)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "a" * 65, "-a", "a b", "é"])
@@ -98,20 +98,57 @@ def test_a_lack_of_memory_while_it_is_made_leaves_nothing(
     assert not list(Path("/dev/shm").glob(f"*{arena_name}*"))
 
 
-def test_a_sweep_while_an_arena_is_made_does_not_take_it(
+def test_a_dead_name_that_changes_hands_while_it_is_removed_is_kept(
     arena_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = arena_module._lock
+    path = Arena.path_of(arena_name)
+    path.symlink_to("/proc/4194305/fd/7")  # above the kernel's highest pid
+    look = arena_module._open_and_close
+    made: list[Arena] = []
 
-    def sweep_then_lock(fd: int, byte: int, kind: int) -> None:
-        monkeypatch.setattr(arena_module, "_lock", lock)
-        assert not [path for path in sweep() if arena_name in path.name]
-        lock(fd, byte, kind)
+    def overtaken(link: Path) -> bool:
+        dead = not look(link)
+        monkeypatch.setattr(arena_module, "_open_and_close", look)
+        made.append(create(arena_name))  # removes the dead one, and takes the name
+        return not dead
 
-    monkeypatch.setattr(arena_module, "_lock", sweep_then_lock)
-    arena = create(arena_name)
-    assert arena.path.exists()
-    arena.close(unlink=True)
+    monkeypatch.setattr(arena_module, "_open_and_close", overtaken)
+    assert path not in sweep()
+    assert [live.path for live in list_live() if live.path == path] == [path]
+    Arena.open(path).close(unlink=False)
+    made[0].close(unlink=True)
+
+
+@pytest.mark.parametrize("target", ["/proc/self/fd/0", "/etc/passwd", "/proc/1/fd/../../etc"])
+def test_a_link_that_kvmem_did_not_make_is_refused_and_kept(arena_name: str, target: str) -> None:
+    path = Arena.path_of(arena_name)
+    path.symlink_to(target)
+    try:
+        with pytest.raises(ArenaError, match="not a private arena"):
+            Arena.open(path)
+        with pytest.raises(ArenaError, match="not a private arena"):
+            create(arena_name)
+        assert path not in sweep()
+    finally:
+        path.unlink()
+
+
+def test_a_descriptor_that_is_another_file_by_now_is_a_dead_owners(
+    arena_name: str, tmp_path: Path
+) -> None:
+    path = Arena.path_of(arena_name)
+    with (tmp_path / "other").open("wb") as file:
+        path.symlink_to(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        with pytest.raises(ArenaError, match="gone"):
+            Arena.open(path)
+        assert path in sweep()
+
+
+def test_a_pid_that_was_given_again_is_no_owner(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena_module, "_start_time", lambda pid: arena.header.owner_start + 1)
+    assert arena.path not in [live.path for live in list_live()]
 
 
 def test_a_name_taken_while_the_arena_is_made_is_refused(
@@ -209,8 +246,13 @@ def test_stats_above_the_room_are_refused(arena: Arena) -> None:
         arena.write_stats(b"x" * 40_000)
 
 
-def test_live_arenas_are_listed_and_dead_files_are_not(arena: Arena) -> None:
-    assert arena.path in [live.path for live in list_live()]
+def test_live_arenas_are_listed_and_dead_ones_are_not(arena: Arena, arena_name: str) -> None:
+    dead = arena.path.with_name(f"{arena.path.name}-dead")
+    dead.symlink_to("/proc/4194305/fd/7")
+    listed = [live.path for live in list_live()]
+    assert arena.path in listed
+    assert dead not in listed
+    assert dead in sweep()
 
 
 def test_an_arena_stays_within_its_budget() -> None:
