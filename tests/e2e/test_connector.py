@@ -1,7 +1,8 @@
 """The connector on a real engine and a real model: what comes back is what was computed.
 
 float32, so a cold prefill and a hit agree to rounding; every comparison also shows that blocks
-were moved.
+were moved. vLLM schedules synchronously on a CPU, whatever it is asked: its asynchronous scheduler
+is driven without a model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tests.e2e.host import (
     Engine,
     EngineHost,
     Turn,
+    assert_agrees,
     assert_same,
     assert_settled,
     generate_one,
@@ -25,9 +27,9 @@ from tests.e2e.host import (
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["async_scheduling", "sync_scheduling"])
-def host(request: pytest.FixtureRequest, smollm2: str) -> Iterator[EngineHost]:
-    host = EngineHost(smollm2, kvmem={"host_gb": 0.5}, async_scheduling=request.param)
+@pytest.fixture(scope="module")
+def host(smollm2: str) -> Iterator[EngineHost]:
+    host = EngineHost(smollm2, kvmem={"host_gb": 0.5})
     yield host
     host.close()
 
@@ -56,7 +58,7 @@ def test_host_hit_equals_the_native_hit_and_the_cold_prefill(host: EngineHost) -
     }  # fmt: skip
     assert restored.cached == whole
     assert_same(restored, native)
-    assert_same(restored, cold)
+    assert_agrees(restored, cold)
 
 
 def test_one_changed_token_ends_the_hit_at_its_block(host: EngineHost) -> None:
@@ -214,4 +216,4 @@ def test_an_aborted_request_leaves_nothing_and_harms_nobody(
     host.run(assert_settled)
     turn = host.run(generate_one, tokens)
     host.run(Engine.forget_device)
-    assert_same(turn, host.run(generate_one, tokens, kvmem={"load": False}))
+    assert_agrees(turn, host.run(generate_one, tokens, kvmem={"load": False}))

@@ -6,18 +6,20 @@ Bad input is refused before any request; acknowledgements that get lost cost not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from kvmem.config import Config
-from kvmem.engines.vllm.scheduler import SchedulerHalf
-from kvmem.engines.vllm.wire import Acks, LoadDone, Orders, StoreDone
+from kvmem.engines.vllm.scheduler import RECENT, SchedulerHalf
+from kvmem.engines.vllm.wire import MAP_FAILED, Acks, LoadDone, Orders, StoreDone
 from kvmem.errors import ArenaInUse, CapacityError, ConfigError
+from kvmem.store.arena import Arena
 
 BLOCK = 32
 pytestmark = pytest.mark.engine
@@ -216,6 +218,52 @@ def test_after_a_reset_nothing_is_stored_on_blocks_only_the_engine_has(half: Sch
     assert not step(half, b=2 * BLOCK).stores
 
 
+def test_after_a_reset_that_left_the_device_empty_everything_is_stored_again(
+    half: SchedulerHalf,
+) -> None:
+    pool = SimpleNamespace(cached_block_hash_to_block={})
+    half.bind(pool)  # type: ignore[arg-type]
+    finish(half, stored(half, "a", 4 * BLOCK))
+    half.reset()
+    # Blocks on the device that kvmem has not: of a request that asked not to be stored, say.
+    later = request("b", 6 * BLOCK)
+    half.on_new_request(later)
+    half.match(later, 4 * BLOCK)
+    later.num_computed_tokens = 4 * BLOCK
+    (store,) = step(half, b=2 * BLOCK).stores
+    assert len(store.slots) == 6
+
+    pool.cached_block_hash_to_block = {"older": 1}  # a request held it during the reset
+    half.reset()
+    again = request("c", 6 * BLOCK)
+    half.on_new_request(again)
+    half.match(again, 4 * BLOCK)
+    assert not step(half, c=2 * BLOCK).stores
+
+
+def test_a_worker_that_cannot_map_is_promised_to_nobody_until_it_can(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    half.acknowledged(Acks(failures=[(MAP_FAILED, "OSError: too many open files")]))
+    assert half.failures == 1
+    again = request("b", 4 * BLOCK)
+    half.on_new_request(again)
+    assert half.match(again, 0) == (0, False)
+    stored(half, "c", 2 * BLOCK, seed=1000)  # the worker stored something: it has it mapped
+    assert half.match(again, 0) == (3 * BLOCK, True)
+
+
+def test_a_clients_long_request_ids_do_not_burst_the_stats_page(half: SchedulerHalf) -> None:
+    for i in range(RECENT + 1):
+        finish(half, stored(half, f"{i}-" + "é" * 40_000, BLOCK, seed=100 * i))
+    half.failed("somewhere", "x" * 100_000)
+    half.write_stats()
+    raw = Arena.read_stats(half.arena.path)
+    assert raw is not None
+    page = msgspec.msgpack.decode(raw)
+    assert len(page["recent"]) == RECENT
+    assert page["recent"][-1]["request_id"].startswith(f"{RECENT}-é")
+
+
 def test_a_finished_request_holds_no_lease(half: SchedulerHalf) -> None:
     one = stored(half, "a", 4 * BLOCK)
     assert half.cache.stats()["leases"] == 1
@@ -304,3 +352,14 @@ def test_closing_leaves_nothing(vllm_config: Any, kv_cache_config: Any, arena_na
     assert path.exists()
     half.close()
     assert not path.exists()
+
+
+def test_a_start_removes_what_a_killed_engine_left(
+    vllm_config: Any, kv_cache_config: Any, new_arena_name: Callable[[], str]
+) -> None:
+    dead = Arena.path_of(new_arena_name())
+    dead.symlink_to("/proc/4194305/fd/7")  # above the kernel's highest pid
+    half = SchedulerHalf(Config(host_gb=0.1, arena=new_arena_name()), vllm_config, kv_cache_config)
+    assert dead in half.reclaimed
+    assert not dead.is_symlink()
+    half.close()

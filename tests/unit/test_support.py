@@ -21,7 +21,7 @@ def engine_config(**changes: Any) -> Any:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
         ),
-        kv_transfer_config=SimpleNamespace(kv_role="kv_both"),
+        kv_transfer_config=SimpleNamespace(kv_role="kv_both", engine_id="8c0f"),
         cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"),
         lora_config=None,
         speculative_config=None,
@@ -50,6 +50,7 @@ def test_the_plain_engine_is_served() -> None:
         ("speculative_config", object(), "--speculative-config"),
         ("cache_config__prefix_caching_hash_algo", "xxhash", "--prefix-caching-hash-algo"),
         ("kv_transfer_config__kv_role", "kv_producer", "kv_both"),
+        ("kv_transfer_config__engine_id", "8c0f_dp1", "--data-parallel-size"),
     ],
 )
 def test_what_is_not_served_names_its_flag(change: str, value: Any, flag: str) -> None:
@@ -61,6 +62,14 @@ def test_what_is_not_served_names_its_flag(change: str, value: Any, flag: str) -
 def test_a_version_outside_the_range_is_refused(version: str) -> None:
     with pytest.raises(UnsupportedEngine, match=r"0\.29 to 0\.33"):
         support.check_version(version)
+
+
+def test_the_version_of_the_engine_that_runs_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    with pytest.raises(UnsupportedEngine, match=r"0\.34\.0"):
+        support.check_engine(engine_config())
 
 
 @pytest.mark.parametrize("version", ["0.29.0", "0.32.0+cpu", "0.33.1rc1"])
@@ -103,3 +112,9 @@ def test_other_kinds_of_attention_are_refused_by_name() -> None:
     )
     with pytest.raises(UnsupportedEngine, match="SlidingWindowSpec"):
         support.geometry_of(None, cache_config(window))
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 128}, {"attention_chunk_size": 64}])
+def test_windows_that_the_engine_keeps_in_full_are_refused_too(change: dict[str, int]) -> None:
+    with pytest.raises(UnsupportedEngine, match="sliding-window or chunked"):
+        support.geometry_of(None, cache_config(spec(**change)))

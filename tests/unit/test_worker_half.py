@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from kvmem.config import Config
 from kvmem.engines.vllm.support import Geometry
-from kvmem.engines.vllm.worker import _all_cores, _block_range, _engine_cores
+from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Load
+from kvmem.engines.vllm.worker import (
+    WorkerHalf,
+    _all_cores,
+    _block_range,
+    _Device,
+    _engine_cores,
+)
 from kvmem.errors import UnsupportedEngine
+from kvmem.store.arena import Arena
 
 pytestmark = pytest.mark.engine
+BYTES = 8 << 20
 
 
 def geometry(layer_bytes: int, n_device_blocks: int = 10) -> Geometry:
@@ -64,6 +79,76 @@ def test_kernel_blocks_smaller_than_the_managers_are_moved_together() -> None:
 def test_a_layout_that_is_no_range_of_memory_is_refused(tensor: torch.Tensor) -> None:
     with pytest.raises(UnsupportedEngine, match="KV layout of a"):
         _block_range("a", tensor, geometry(3 * 16 * 128 * 4))
+
+
+def worker_half(**settings: Any) -> WorkerHalf:
+    """A worker's half without an engine: two blocks of one layer."""
+    half = WorkerHalf.__new__(WorkerHalf)
+    half.config = Config(**settings)
+    half.geometry = geometry(BYTES, n_device_blocks=2)
+    half._device = _Device()
+    half._arena = half._loader = half._storer = None
+    half._asked, half._ask_again = 0, 1
+    half._acks = Acks()
+    half._closing = threading.Event()
+    tensor = torch.zeros(2, BYTES, dtype=torch.uint8)
+    half._tensors = [tensor]
+    half._device.bases.append(tensor.data_ptr())
+    half._device.strides.append(BYTES)
+    half._device.pieces.append(BYTES)
+    return half
+
+
+@pytest.fixture
+def arena(arena_name: str) -> Iterator[Arena]:
+    arena = Arena.create(arena_name, n_slots=2, slot_bytes=BYTES, namespace=b"n" * 32, group=0)
+    yield arena
+    arena.close(unlink=True)
+
+
+def test_an_arena_that_cannot_be_mapped_is_tried_again_ever_more_rarely(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = worker_half(copy_threads=3)
+    tries = 0
+
+    def failing(path: Path) -> Arena:
+        nonlocal tries
+        tries += 1
+        raise OSError(24, "Too many open files")
+
+    real = Arena.open
+    monkeypatch.setattr(Arena, "open", failing)
+    for _ in range(20):
+        assert not half._map(str(arena.path))
+    assert tries == 5  # at 1, 2, 4, 8 and 16
+    assert [where for where, _ in half._acks.failures] == [MAP_FAILED] * 5
+    monkeypatch.setattr(Arena, "open", real)
+    while not half._map(str(arena.path)):
+        assert half._asked < 100
+    assert half._loader is not None
+    assert half._storer is not None
+    assert half._loader.threads == half._storer.threads == 3
+    half._arena.close(unlink=False)  # type: ignore[union-attr]
+
+
+def test_the_throttle_makes_a_load_wait_as_long_as_its_bytes_would_take(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = worker_half(throttle_gb_s=0.5)
+    assert half._map(str(arena.path))
+    assert half._loader is not None
+    assert half._storer is not None
+    ids, generations = np.arange(2, dtype=np.int32), np.ones(2, np.uint64)
+    status, _ = half._storer.store(ids, ids, generations, bytes(64))
+    assert not status.any()
+    waited: list[float] = []
+    monkeypatch.setattr(half, "_closing", SimpleNamespace(wait=waited.append))
+    verify = np.ones(2, np.uint8)
+    done = half._load(Load("a", ids, ids, generations, bytes(64), verify))
+    assert done.bytes == 2 * BYTES
+    assert waited[0] == pytest.approx(2 * BYTES / 0.5e9, rel=0.5)
+    half._arena.close(unlink=False)  # type: ignore[union-attr]
 
 
 def test_the_copying_thread_may_use_every_core_of_a_pinned_engine() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -87,22 +88,44 @@ class KvmemConnector(KVConnectorBase_V1):
         assert self._worker is not None
         return self._worker
 
-    def _safely(self, hook: str, do: Callable[[], T], otherwise: Callable[[], T]) -> T:
-        """What `do` answers, or `otherwise` when kvmem fails: a plug-in door (I9)."""
+    def _safely(
+        self,
+        hook: str,
+        do: Callable[[], T],
+        otherwise: Callable[[], T],
+        last_resort: T | None = None,
+    ) -> T:
+        """What `do` answers, or `otherwise` when kvmem fails: a plug-in door (I9).
+
+        `otherwise` may fail too where it has to look at kvmem's own state; then `last_resort` is
+        the answer, a value that promises nothing.
+        """
         try:
             return do()
         except Exception as error:  # I9: a hook of the engine's; whatever it is, it goes on
             log.exception("kvmem: %s failed; the engine computes instead", hook)
-            self._note(hook, f"{type(error).__name__}: {error}")
-        return otherwise()
+            self._note(hook, error)
+        try:
+            return otherwise()
+        except Exception as error:  # I9: the same
+            log.exception("kvmem: %s failed, and so did the way out of it", hook)
+            self._note(hook, error)
+        return cast("T", last_resort)
 
-    def _note(self, hook: str, error: str) -> None:
-        if self._scheduler is not None:
-            self._scheduler.failed(hook, error)
-        if self._worker is not None:
-            self._worker.failed(hook, error)
+    def _note(self, hook: str, error: Exception) -> None:
+        half = self._scheduler or self._worker
+        if half is not None:
+            half.failed(hook, f"{type(error).__name__}: {error}")
+
+    def _show(self) -> None:
+        """Keeps the stats page up to date; its failure is no hook's."""
+        self._safely("write_stats", lambda: self.scheduler.write_stats(), _nothing)
 
     # -- scheduler side ----------------------------------------------------------------------
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """Lets a reset see whether the engine's own prefix cache was emptied with it."""
+        self._safely("bind_gpu_block_pool", lambda: self.scheduler.bind(gpu_block_pool), _nothing)
 
     def on_new_request(self, request: Request) -> None:
         """Reads the request's kvmem wishes."""
@@ -136,9 +159,12 @@ class KvmemConnector(KVConnectorBase_V1):
             return self.scheduler.bare_orders(scheduler_output)
 
         orders = self._safely(
-            "build_connector_meta", lambda: self.scheduler.orders(scheduler_output), otherwise
+            "build_connector_meta",
+            lambda: self.scheduler.orders(scheduler_output),
+            otherwise,
+            Orders(0, ""),
         )
-        over = self.scheduler.sent_out()
+        over = self._safely("build_connector_meta", lambda: self.scheduler.sent_out(), list)
         self._safely("build_connector_meta", lambda: self.scheduler.forget(over), _nothing)
         return orders
 
@@ -152,6 +178,7 @@ class KvmemConnector(KVConnectorBase_V1):
             _nothing,
         )
         self._safely("update_connector_output", lambda: self.scheduler.received(received), _nothing)
+        self._show()
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -163,13 +190,17 @@ class KvmemConnector(KVConnectorBase_V1):
             self._safely("request_finished", lambda: self.scheduler.forget(over), _nothing)
             return False, None
 
-        return self._safely(
+        answer = self._safely(
             "request_finished", lambda: self.scheduler.finished(request, block_ids), otherwise
         )
+        self._show()  # the engine may have nothing more to do for a long time
+        return answer
 
     def reset_cache(self) -> bool | None:
         """Nothing that was stored answers any more."""
-        return self._safely("reset_cache", lambda: self.scheduler.reset(), lambda: False)
+        done = self._safely("reset_cache", lambda: self.scheduler.reset(), lambda: False)
+        self._show()
+        return done
 
     # -- worker side -------------------------------------------------------------------------
 
@@ -219,7 +250,10 @@ class KvmemConnector(KVConnectorBase_V1):
         """Requests whose kept blocks were copied, and requests whose load is over."""
         orders = self._connector_metadata if isinstance(self._connector_metadata, Orders) else None
         results = self._safely(
-            "get_finished", lambda: self.worker.results(orders), lambda: self.worker.surrender()
+            "get_finished",
+            lambda: self.worker.results(orders),
+            lambda: self.worker.surrender(),
+            (set(), set()),
         )
         self.worker.told_results()
         return results

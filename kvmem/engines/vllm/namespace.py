@@ -159,8 +159,10 @@ def _weights(config: Config, vllm_config: VllmConfig) -> str:
 def _model_config(vllm_config: VllmConfig) -> str:
     """A digest of what the weights are loaded into: architecture, dtype, quantisation."""
     model = vllm_config.model_config
+    hf = model.hf_config.to_dict()
+    hf.pop("_name_or_path", None)  # where the model lies says nothing of what it is
     facts: dict[str, Any] = {
-        "hf": model.hf_config.to_dict(),
+        "hf": hf,
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "rope": str(getattr(model, "rope_scaling", None)),

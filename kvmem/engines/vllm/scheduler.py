@@ -24,13 +24,14 @@ from kvmem.config import Config
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.namespace import namespace_of
 from kvmem.engines.vllm.receipt import Receipt, Wishes
-from kvmem.engines.vllm.wire import Acks, Ids, Load, LoadDone, Orders, Store, Words
+from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Ids, Load, LoadDone, Orders, Store, Words
 from kvmem.errors import CapacityError
 from kvmem.store.arena import Arena, sweep
 from kvmem.store.layout import slots_within
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -41,6 +42,8 @@ __all__ = ["SchedulerHalf"]
 VERIFY_PERIOD = 1 << 16
 RECENT = 32
 STATS_EVERY_S = 0.25
+REQUEST_ID_CHARS = 96
+FAILURE_CHARS = 400
 
 
 @dataclass(slots=True)
@@ -129,6 +132,9 @@ class SchedulerHalf:
         self.failures = 0
         self.last_failure: str | None = None
         self.totals = Totals()
+        self._device_pool: BlockPool | None = None
+        # Whether the worker's half has the arena mapped, as far as its last word tells.
+        self._worker_maps = True
         # A streamed response has no room for its receipt: the last few stand on the stats page.
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._seen: dict[str, _Seen] = {}
@@ -142,6 +148,10 @@ class SchedulerHalf:
         self._stats_written = 0.0
         self._stats_due = True
         self.write_stats()
+
+    def bind(self, device_pool: BlockPool) -> None:
+        """The engine's own block pool, to see what a reset left in it."""
+        self._device_pool = device_pool
 
     # -- a request arrives -------------------------------------------------------------------
 
@@ -168,7 +178,11 @@ class SchedulerHalf:
         # from before it (the engine keeps those in use): nothing on top of them is stored.
         seen.stale = self._was_reset and self.cache.match(request.block_hashes[:start]) < start
         seen.stored = 0
-        off = not seen.wishes.load or getattr(request, "skip_reading_prefix_cache", False)
+        off = (
+            not seen.wishes.load
+            or not self._worker_maps
+            or getattr(request, "skip_reading_prefix_cache", False)
+        )
         if off or seen.load_failed:
             seen.grant = None
             reason = "load_failed" if seen.load_failed else "load_off"
@@ -341,10 +355,14 @@ class SchedulerHalf:
         """Publishes what was written and quarantines what failed."""
         for where, error in acks.failures if acks is not None else ():
             self.failed(where, error)
+            if where == MAP_FAILED:
+                self._worker_maps = False
         for done in acks.stores if acks is not None else ():
             for sequence in [s for s in self._outstanding if s < done.sequence]:
                 self._give_back(self._outstanding[sequence])
                 del self._outstanding[sequence]
+            if any((status == 0).any() for status in done.statuses):
+                self._worker_maps = True
             # They stay outstanding until all is published: a failure half-way is given back later.
             waiting = self._outstanding.get(done.sequence, [])
             share = done.seconds / max(1, sum(len(w.slots) for w in waiting))
@@ -353,7 +371,6 @@ class SchedulerHalf:
             self._outstanding.pop(done.sequence, None)
         for loaded in acks.loads if acks is not None else ():
             self._loaded(loaded)
-        self.write_stats()
 
     def received(self, request_ids: Iterable[str]) -> None:
         """Loads that are over, well or not."""
@@ -431,7 +448,9 @@ class SchedulerHalf:
         seen.finished = True
         receipt = seen.receipt.finish(request, self.geometry.block_tokens)
         self.totals.add(seen.receipt)
-        self._recent.append({"request_id": request.request_id, **receipt["tokens"]})
+        # The id is a client's to choose, and the page has an end.
+        request_id = request.request_id[:REQUEST_ID_CHARS]
+        self._recent.append({"request_id": request_id, **receipt["tokens"]})
         in_flight = getattr(request, "num_in_flight_tokens", 0)
         computed = min(request.num_computed_tokens - in_flight, request.num_tokens - 1)
         complete = min(computed // self.geometry.block_tokens, len(request.block_hashes))
@@ -448,7 +467,6 @@ class SchedulerHalf:
         elif not seen.loading:
             self.forget((request.request_id,))
         self._stats_due = True
-        self.write_stats()  # the engine may have nothing more to do for a long time
         return keep, {"kvmem": receipt}
 
     # -- the whole ---------------------------------------------------------------------------
@@ -459,17 +477,21 @@ class SchedulerHalf:
         Slots that the worker may still be writing stay reserved until it reports them (I3).
         """
         self.cache.drop("reset")
-        self._was_reset = True
         for seen in self._seen.values():
             seen.stale = True
+        # The engine resets its own cache first, which fails while a request uses a block; then
+        # what it kept is older than this reset. Before 0.30 it shows us no pool.
+        if self._device_pool is not None:
+            self._was_reset = len(self._device_pool.cached_block_hash_to_block) > 0
+        else:
+            self._was_reset = True
         self._stats_due = True
-        self.write_stats()
         return True
 
     def failed(self, where: str, error: str) -> None:
         """Counts a failure inside kvmem; the request went on without it (I9)."""
         self.failures += 1
-        self.last_failure = f"{where}: {error}"
+        self.last_failure = f"{where}: {error}"[:FAILURE_CHARS]
         self.bus.emit(events.Failure(where=where, error=error))
         self._stats_due = True
 
@@ -510,7 +532,7 @@ class SchedulerHalf:
 
 
 # What a load can say against a block itself; other statuses are of the copy, not of the block.
-QUARANTINED = {1: "identity", 3: "checksum"}
+QUARANTINED = {1: "identity", 2: "generation", 3: "checksum"}
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ Features are looked for, never version numbers, but for the range that was teste
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -74,6 +75,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
         _refuse(f"device {current_platform.device_type!r}", "Use vLLM's CPU build.")
     if transfer is not None and transfer.kv_role != "kv_both":
         _refuse(f"kv_role {transfer.kv_role!r}", 'Set "kv_role": "kv_both".')
+    if transfer is not None and re.search(r"_dp[0-9]+$", str(transfer.engine_id)):
+        # vLLM tells each engine of several that it is alone, and marks its id.
+        _refuse("--data-parallel-size above 1", "Set --data-parallel-size 1.")
     for name, flag in (
         ("tensor_parallel_size", "--tensor-parallel-size"),
         ("pipeline_parallel_size", "--pipeline-parallel-size"),
@@ -109,6 +113,10 @@ def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geom
     spec = groups[0].kv_cache_spec
     if type(spec) is not FullAttentionSpec:
         _refuse(f"{type(spec).__name__} KV", _SUPPORTED_MODELS)
+    assert isinstance(spec, FullAttentionSpec)
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        # Told that there is no hybrid manager, vLLM keeps such layers in full, one group for all.
+        _refuse("a model with sliding-window or chunked attention", _SUPPORTED_MODELS)
     hash_tokens = getattr(kv_cache_config, "hash_block_size", None) or spec.block_size
     if hash_tokens != spec.block_size:
         _refuse(

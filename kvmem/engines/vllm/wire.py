@@ -17,7 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvmem.errors import EngineError
 
-__all__ = ["Acks", "Load", "LoadDone", "Orders", "Store", "StoreDone"]
+__all__ = ["MAP_FAILED", "Acks", "Load", "LoadDone", "Orders", "Store", "StoreDone"]
+
+# Where a failure of the worker's half was, when it is the arena that it can't map.
+MAP_FAILED = "worker.map"
 
 Ids = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint64]

@@ -23,7 +23,7 @@ import numpy as np
 from kvmem._core import SlotCopier
 from kvmem.config import Config
 from kvmem.engines.vllm import support
-from kvmem.engines.vllm.wire import Acks, Load, LoadDone, Orders, StoreDone
+from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Load, LoadDone, Orders, StoreDone
 from kvmem.errors import EngineError, KVMemError, UnsupportedEngine
 from kvmem.store.arena import Arena
 
@@ -59,8 +59,12 @@ class WorkerHalf:
         self._device = _Device()
         self._tensors: list[torch.Tensor] = []
         self._arena: Arena | None = None
-        self._copier: SlotCopier | None = None
-        self._refused_arena = ""
+        # One for each direction: a load that is under way must not take a store's threads, since
+        # the engine's step waits for stores.
+        self._loader: SlotCopier | None = None
+        self._storer: SlotCopier | None = None
+        self._asked = 0
+        self._ask_again = 1
         self._begun = 0
         self._loads: dict[Future[LoadDone], Load] = {}
         self._received: set[str] = set()
@@ -71,6 +75,9 @@ class WorkerHalf:
         self._pool = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="kvmem-load", initializer=_use_all_cores
         )
+        # Its thread starts now or the engine does not: started by a submit that then fails, it
+        # would run the load after the engine was told that there is none.
+        self._pool.submit(int).result()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Notes where each layer's blocks lie; the tensors stay the engine's.
@@ -96,7 +103,7 @@ class WorkerHalf:
             return
         self._begun = orders.sequence
         self._refuse(orders.broken)
-        if orders.loads and self._map(orders.arena) is None:
+        if orders.loads and not self._map(orders.arena):
             self.fail_loads(orders)
             return
         for load in orders.loads:
@@ -118,7 +125,7 @@ class WorkerHalf:
             self.bad_blocks.update(block_ids)
 
     def _load(self, load: Load) -> LoadDone:
-        copier = self._copier
+        copier = self._loader
         if copier is None:
             raise EngineError("kvmem: a load began without an arena")
         begin = time.perf_counter()
@@ -190,7 +197,7 @@ class WorkerHalf:
         self._sent.update(orders.finished)
         if not orders.stores:
             return
-        copier = self._map(orders.arena)
+        copier = self._storer if self._map(orders.arena) else None
         if copier is None:
             self.fail_stores(orders)
             return
@@ -243,33 +250,40 @@ class WorkerHalf:
         """Waits for the load under way and unmaps the arena."""
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._copier = None
+        self._loader = self._storer = None
         self._tensors.clear()
         if self._arena is not None:
             self._arena.close(unlink=False)
             self._arena = None
 
-    def _map(self, path: str) -> SlotCopier | None:
-        if self._copier is not None:
-            return self._copier
-        if path == self._refused_arena:
-            return None
+    def _map(self, path: str) -> bool:
+        """Whether the arena is mapped; after a failure it is tried again ever more rarely."""
+        if self._arena is not None:
+            return True
+        self._asked += 1
+        if self._asked < self._ask_again:
+            return False
         try:
             arena = Arena.open(Path(path))
-            with _all_cores():  # the copier's threads are born here and keep this
-                threads = self.config.copy_threads or min(4, len(os.sched_getaffinity(0)))
-                copier = SlotCopier(np.frombuffer(arena.buffer, np.uint8), threads)
-            copier.register_layers(
-                np.asarray(self._device.bases, np.uint64),
-                np.asarray(self._device.strides, np.uint64),
-                np.asarray(self._device.pieces, np.uint64),
-                self.geometry.n_device_blocks,
-            )
+            with _all_cores():  # the copiers' threads are born here and keep this
+                self._loader, self._storer = self._copier(arena), self._copier(arena)
         except (KVMemError, OSError, ValueError) as error:
-            self._refused_arena = path
-            self._fail("map", error)
-            return None
-        self._arena, self._copier = arena, copier
+            self._ask_again = 2 * self._asked
+            self._loader = self._storer = None
+            self.failed(MAP_FAILED, f"{type(error).__name__}: {error}")
+            return False
+        self._arena = arena
+        return True
+
+    def _copier(self, arena: Arena) -> SlotCopier:
+        threads = self.config.copy_threads or min(4, len(os.sched_getaffinity(0)))
+        copier = SlotCopier(np.frombuffer(arena.buffer, np.uint8), threads)
+        copier.register_layers(
+            np.asarray(self._device.bases, np.uint64),
+            np.asarray(self._device.strides, np.uint64),
+            np.asarray(self._device.pieces, np.uint64),
+            self.geometry.n_device_blocks,
+        )
         return copier
 
     def _fail(self, where: str, error: BaseException) -> None:
