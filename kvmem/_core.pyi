@@ -143,11 +143,11 @@ class HostTier:
         `keys[:start]` is a hint of what matched before; a stale one costs time only. Not a use of the blocks, and no promise beyond the call: `acquire` is both.
         """
 
-    def acquire(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], start: int, limit: int) -> tuple[int, int, numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64]]:
+    def acquire(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], start: int, limit: int, *, use: bool = True) -> tuple[int, int, numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64]]:
         """
         Leases the longest published prefix of `keys[:limit]`.
 
-        Returns (lease, n, slots, generations): n blocks matched, and where blocks [start, n) are. The lease holds all n blocks until `release`. It is 0 when n <= start: then nothing is leased. Counts as a use of the prefix.
+        Returns (lease, n, slots, generations): n blocks matched, and where blocks [start, n) are. The lease holds all n blocks until `release`. It is 0 when n <= start: then nothing is leased. Counts as a use of the prefix, unless `use` is False: for a writer that holds what it stored, and for asking again.
         """
 
     def extend(self, lease: int, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], n: int) -> None:

@@ -72,6 +72,7 @@ class Cache:
     ) -> None:
         self.bus = bus if bus is not None else events.Bus()
         self._tier = HostTier(n_slots, eviction)
+        # Requests that have used what is here, or stored it; 0 where nothing is leased to them.
         self._leases: dict[str, int] = {}
         self._evictions_told = 0
 
@@ -82,8 +83,9 @@ class Cache:
     def acquire(self, request_id: str, keys: Keys, *, start: int, limit: int) -> Grant:
         """The blocks `[start, n)` that are here, leased to `request_id` until `release`.
 
-        Idempotent for a request: asked again, it answers for the state of now and holds one
-        lease. The prefix is validated again after it is held, so what is granted is here (I3).
+        Idempotent for a request: asked again, it answers for the state of now, holds one lease
+        and counts as one use of the prefix. The prefix is validated again after it is held, so
+        what is granted is here (I3).
 
         Args:
             request_id: who holds the lease.
@@ -91,9 +93,10 @@ class Cache:
             start: blocks the caller has already.
             limit: blocks the caller can use at most.
         """
-        lease, n_blocks, slots, generations = self._tier.acquire(keys, start, limit)
-        held = self._leases.pop(request_id, 0)
-        if lease:
+        first = request_id not in self._leases
+        lease, n_blocks, slots, generations = self._tier.acquire(keys, start, limit, use=first)
+        held = self._leases.get(request_id, 0)
+        if n_blocks or not first:
             self._leases[request_id] = lease
         if held:
             self._tier.release(held)
@@ -106,12 +109,15 @@ class Cache:
         return "new" if reason == "unknown" else reason
 
     def hold(self, request_id: str, keys: Keys, n_blocks: int) -> None:
-        """Extends the request's lease to the deepest published block of `keys[:n_blocks]`."""
+        """Extends the request's lease to the deepest published block of `keys[:n_blocks]`.
+
+        No use of them: what a request stores is used when another one asks for it.
+        """
         lease = self._leases.get(request_id, 0)
         if lease:
             self._tier.extend(lease, keys, n_blocks)
         else:
-            lease, *_ = self._tier.acquire(keys, 0, n_blocks)
+            lease, *_ = self._tier.acquire(keys, 0, n_blocks, use=False)
             if lease:
                 self._leases[request_id] = lease
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 from kvmem._core import HostTier
+from kvmem.cache import Cache
 
 
 def chain(prompt: str, n: int, parent: bytes = b"") -> list[bytes]:
@@ -28,6 +31,26 @@ def use(tier: HostTier, keys: list[bytes]) -> int:
     if lease:
         tier.release(lease)
     return n
+
+
+def turn(
+    cache: Cache, request_id: str, keys: list[bytes], *, asks: int = 1, step: int = 1000
+) -> int:
+    """One request in the connector's order; returns how many blocks it found.
+
+    It asks `asks` times before it is scheduled, and computes `step` blocks at a time.
+    """
+    for _ in range(asks):
+        found = cache.acquire(request_id, keys, start=0, limit=len(keys)).n_blocks
+    for stop in range(min(found + step, len(keys)), len(keys) + step, step):
+        stop = min(stop, len(keys))
+        start = cache.match(keys[:stop])
+        if start < stop:
+            room = cache.reserve(request_id, keys, start=start, stop=stop)
+            cache.publish(room.slots, room.generations, np.ones(len(room.slots), np.uint64))
+        cache.hold(request_id, keys, stop)
+    cache.release(request_id)
+    return found
 
 
 def sound(tier: HostTier) -> bool:

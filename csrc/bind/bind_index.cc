@@ -69,11 +69,11 @@ size_t Match(const HostTier& tier, nb::handle source, int64_t start) {
   return n;
 }
 
-nb::tuple Acquire(HostTier& tier, nb::handle source, int64_t start, int64_t limit) {
+nb::tuple Acquire(HostTier& tier, nb::handle source, int64_t start, int64_t limit, bool use) {
   const Keys keys(source);
   if (limit < 0) RaiseValue("limit must not be negative, not " + std::to_string(limit));
   HostTier::Acquired got =
-      tier.Acquire(keys, CheckIndex("start", start, keys.size()), static_cast<size_t>(limit));
+      tier.Acquire(keys, CheckIndex("start", start, keys.size()), static_cast<size_t>(limit), use);
   try {
     keys.RaiseIfBad();
     return nb::make_tuple(got.lease, got.n, ToNumpy(std::move(got.slots)),
@@ -227,15 +227,17 @@ void RegisterIndex(nb::module_& m) {
            "time only. Not a "
            "use of the blocks, and no promise beyond the call: `acquire` is "
            "both.")
-      .def("acquire", &Acquire, arg("keys"), arg("start"), arg("limit"),
-           nb::sig("def acquire(self, " KEYS ", start: int, limit: int) -> tuple[int, int, " INT32
-                   ", " UINT64 "]"),
+      .def("acquire", &Acquire, arg("keys"), arg("start"), arg("limit"), nb::kw_only(),
+           arg("use") = true,
+           nb::sig("def acquire(self, " KEYS ", start: int, limit: int, *, use: bool = True) -> "
+                   "tuple[int, int, " INT32 ", " UINT64 "]"),
            "Leases the longest published prefix of `keys[:limit]`.\n\n"
            "Returns (lease, n, slots, generations): n blocks matched, and "
            "where blocks [start, n) "
            "are. The lease holds all n blocks until `release`. It is 0 when n "
            "<= start: then "
-           "nothing is leased. Counts as a use of the prefix.")
+           "nothing is leased. Counts as a use of the prefix, unless `use` is False: for a "
+           "writer that holds what it stored, and for asking again.")
       .def("extend", &Extend, arg("lease"), arg("keys"), arg("n"),
            nb::sig("def extend(self, lease: int, " KEYS ", n: int) -> None"),
            "Moves a lease to the deepest published block of `keys[:n]`, never "

@@ -41,7 +41,7 @@ Fate HostTier::Why(const Key& key) const {
 // ---------------------------------------------------------------------------------------------
 // Reading: leases
 
-HostTier::Acquired HostTier::Acquire(const KeyList& keys, size_t start, size_t limit) {
+HostTier::Acquired HostTier::Acquire(const KeyList& keys, size_t start, size_t limit, bool use) {
   Acquired acquired;
   limit = std::min(limit, keys.size());
   const std::lock_guard lock(mutex_);
@@ -59,7 +59,7 @@ HostTier::Acquired HostTier::Acquire(const KeyList& keys, size_t start, size_t l
     acquired.generations[i] = index_.generation(slot);
   }
   acquired.n = n;
-  order_->Use(deepest);
+  if (use) order_->Use(deepest);
   if (n_wanted == 0) return acquired;
   leases_.emplace(next_lease_, deepest);
   acquired.lease = next_lease_++;

@@ -92,8 +92,10 @@ class HostTier {
   Fate Why(const Key& key) const;
 
   // Leases the longest published prefix of keys[0, limit). n may be less than start. Keys that are
-  // no chain of this index get n = 0. REQUIRES: start <= keys.size().
-  Acquired Acquire(const KeyList& keys, size_t start, size_t limit);
+  // no chain of this index get n = 0. Without `use` it is no use of the blocks: a writer that holds
+  // what it has just stored, or a request that asks again, tells the order nothing new. REQUIRES:
+  // start <= keys.size().
+  Acquired Acquire(const KeyList& keys, size_t start, size_t limit, bool use = true);
 
   // Moves a lease to the deepest published block of keys[0, n), never up. A lease whose block has
   // been condemned stays where it is. kNotBelow: the leased block is not among these keys.

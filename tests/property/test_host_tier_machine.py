@@ -187,10 +187,10 @@ class HostTierMachine(RuleBasedStateMachine):
         assert self.tier.publish(batch.slots, batch.generations, batch.generations) == 0
         assert self.tier.abandon(batch.slots, batch.generations) == 0
 
-    @rule(prompt=prompts, start=depths, limit=depths)
-    def acquire(self, prompt: list[bytes], start: int, limit: int) -> None:
+    @rule(prompt=prompts, start=depths, limit=depths, use=st.booleans())
+    def acquire(self, prompt: list[bytes], start: int, limit: int, use: bool) -> None:
         n_expected = min(self._matched(prompt), limit)
-        lease, n, slots, generations = self.tier.acquire(prompt, start, limit)
+        lease, n, slots, generations = self.tier.acquire(prompt, start, limit, use=use)
         assert n == n_expected
         promised = list(zip(slots.tolist(), generations.tolist(), strict=True))
         assert promised == [self.published[key] for key in prompt[start:n]]

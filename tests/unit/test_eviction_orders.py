@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kvmem._core import HostTier, eviction_orders
-from tests.blocks import chain, put, sound, use
+from kvmem.cache import Cache
+from tests.blocks import chain, put, sound, turn, use
 
 ORDERS = eviction_orders()
 
@@ -213,6 +214,64 @@ def survivors_of_a_burst(order: str) -> int:
 def test_prompt_used_twice_survives_a_burst_that_empties_lru() -> None:
     assert survivors_of_a_burst("lru") == 0
     assert survivors_of_a_burst("s3fifo") == 21
+
+
+@pytest.mark.parametrize("step", [1000, 4])
+def test_prompt_used_twice_survives_a_burst_of_requests(step: int) -> None:
+    survivors = {}
+    for order in ("lru", "s3fifo"):
+        cache, agent = Cache(210, eviction=order), chain("agent", 21)
+        found = [turn(cache, f"agent {i}", agent, step=step) for i in range(2)]
+        assert found == [0, 21]
+        for i in range(40):
+            assert turn(cache, f"one-off {i}", chain(f"one-off {i}", 21), step=step) == 0
+        assert cache.check_integrity() == []
+        assert cache.stats()["leases"] == 0
+        survivors[order] = cache.match(agent)
+    assert survivors == {"lru": 0, "s3fifo": 21}
+
+
+def prompts_outlived(asks: int) -> int:
+    """How many prompts that are used twice it takes to push out one that is in the main queue and
+    that one request asked for `asks` times."""
+    cache, agents = Cache(40), [chain(f"agent {i}", 4) for i in range(5)]
+    for i, agent in enumerate(agents * 2):
+        turn(cache, f"agent {i}", agent)
+    for i in range(10):  # pressure moves the agents to the main queue
+        turn(cache, f"one-off {i}", chain(f"one-off {i}", 4))
+    turn(cache, "again", agents[0], asks=asks)
+    for n in range(100):
+        if cache.match(agents[0]) < 4:
+            return n
+        for i in range(2):
+            turn(cache, f"other {n} {i}", chain(f"other {n}", 4))
+    raise AssertionError("it never left")
+
+
+def test_a_request_that_asks_again_uses_its_prompt_once() -> None:
+    assert 5 < prompts_outlived(asks=1) == prompts_outlived(asks=5) < 50
+
+
+def test_a_request_that_finds_blocks_only_later_uses_them() -> None:
+    cache, agent = Cache(210), chain("agent", 21)
+    assert cache.acquire("waiting", agent, start=0, limit=21).n_blocks == 0
+    turn(cache, "first", agent)
+    assert turn(cache, "waiting", agent) == 21
+    for i in range(40):
+        turn(cache, f"one-off {i}", chain(f"one-off {i}", 21))
+    assert cache.match(agent) == 21
+
+
+def test_a_request_that_asks_for_what_it_stored_itself_is_no_use() -> None:
+    cache, once = Cache(210), chain("once", 21)
+    cache.acquire("once", once, start=0, limit=21)
+    room = cache.reserve("once", once, start=0, stop=21)
+    cache.publish(room.slots, room.generations, room.generations)
+    cache.hold("once", once, 21)
+    assert turn(cache, "once", once) == 21  # preempted, it comes again
+    for i in range(40):
+        turn(cache, f"one-off {i}", chain(f"one-off {i}", 21))
+    assert cache.match(once) == 0
 
 
 def test_one_off_prompt_does_not_survive_a_burst() -> None:
