@@ -76,22 +76,32 @@ void HashShort(const BlockChain& chain, const Tokens& tokens, const uint8_t* par
   }
 }
 
-// Blocks of which some have extra keys, without the GIL.
-std::vector<uint8_t> HashExtra(const BlockChain& chain, const Tokens& tokens, const uint8_t* parent,
-                               size_t n_blocks, nb::handle extra_keys) {
+using ExtraList = std::vector<std::optional<ExtraKeys>>;
+
+ExtraList ParseExtraList(nb::handle extra_keys, ChainScheme scheme) {
   const nb::object list = nb::steal(PySequence_List(extra_keys.ptr()));
   if (!list.is_valid()) throw nb::python_error();
   const auto n_entries = static_cast<size_t>(PyList_Size(list.ptr()));
-  if (n_entries != n_blocks) {
-    RaiseValue("extra_keys must have one entry per block: " + std::to_string(n_blocks) + ", not " +
-               std::to_string(n_entries));
-  }
-  std::vector<std::optional<ExtraKeys>> extra;
-  extra.reserve(n_blocks);
-  for (size_t i = 0; i < n_blocks; ++i) {
+  ExtraList extra;
+  extra.reserve(n_entries);
+  for (size_t i = 0; i < n_entries; ++i) {
     const std::string where = "extra_keys[" + std::to_string(i) + "]";
     extra.push_back(ParseExtraKeys(PyList_GetItem(list.ptr(), static_cast<Py_ssize_t>(i)),
-                                   where.c_str(), chain.scheme()));
+                                   where.c_str(), scheme));
+  }
+  return extra;
+}
+
+// Blocks of which some have extra keys, without the GIL.
+std::vector<uint8_t> HashExtra(const BlockChain& chain, nb::handle source, const uint8_t* parent,
+                               nb::handle extra_keys) {
+  // First: it runs any Python the caller likes (a generator), which may change the tokens too.
+  const ExtraList extra = ParseExtraList(extra_keys, chain.scheme());
+  const Tokens tokens(source);
+  const size_t n_blocks = tokens.size() / chain.block_tokens();
+  if (extra.size() != n_blocks) {
+    RaiseValue("extra_keys must have one entry per block: " + std::to_string(n_blocks) + ", not " +
+               std::to_string(extra.size()));
   }
   std::vector<int32_t> scratch;
   const int32_t* const ids = tokens.Read(0, n_blocks * chain.block_tokens(), scratch);
@@ -108,13 +118,13 @@ std::vector<uint8_t> HashExtra(const BlockChain& chain, const Tokens& tokens, co
 
 nb::object HashPacked(const BlockChain& chain, nb::handle source, std::optional<nb::bytes> parent,
                       nb::handle extra_keys) {
-  const Tokens tokens(source);
-  const size_t n_blocks = tokens.size() / chain.block_tokens();
   const uint8_t* const before = ParentBytes(parent);
   if (!extra_keys.is_none()) {
-    const auto keys = HashExtra(chain, tokens, before, n_blocks, extra_keys);
+    const auto keys = HashExtra(chain, source, before, extra_keys);
     return NewBytes(keys.data(), keys.size());
   }
+  const Tokens tokens(source);
+  const size_t n_blocks = tokens.size() / chain.block_tokens();
   nb::object packed = NewBytes(nullptr, n_blocks * kSha256Bytes);
   uint8_t* const keys = BytesOf(packed);
   if (tokens.size() >= kReleaseTokens) {
@@ -127,12 +137,13 @@ nb::object HashPacked(const BlockChain& chain, nb::handle source, std::optional<
 
 nb::object HashBlocks(const BlockChain& chain, nb::handle source, std::optional<nb::bytes> parent,
                       nb::handle extra_keys) {
-  const Tokens tokens(source);
-  const size_t n_blocks = tokens.size() / chain.block_tokens();
   const uint8_t* const before = ParentBytes(parent);
   if (!extra_keys.is_none()) {
-    return KeyList(HashExtra(chain, tokens, before, n_blocks, extra_keys).data(), n_blocks);
+    const auto keys = HashExtra(chain, source, before, extra_keys);
+    return KeyList(keys.data(), keys.size() / kSha256Bytes);
   }
+  const Tokens tokens(source);
+  const size_t n_blocks = tokens.size() / chain.block_tokens();
   if (tokens.size() >= kReleaseTokens) {
     const auto keys = std::make_unique_for_overwrite<uint8_t[]>(n_blocks * kSha256Bytes);
     HashLong(chain, tokens, before, n_blocks, keys.get());

@@ -64,6 +64,11 @@ bool ReadDigits(PyObject* const* items, int32_t* out) {
       ("tokens[" + std::to_string(i) + "] must be within 0..2147483647, not " + value).c_str());
 }
 
+[[noreturn, gnu::cold, gnu::noinline]] void RaiseShrunk() {
+  PyErr_SetString(PyExc_RuntimeError, "tokens shrank while they were read");
+  throw nb::python_error();
+}
+
 int32_t ReadItem(size_t i, PyObject* item) {
   if (Py_TYPE(item) != &PyLong_Type) RaiseType(i, item);
   int overflow = 0;
@@ -147,13 +152,17 @@ const int32_t* Tokens::Read(size_t from, size_t n, std::vector<int32_t>& scratch
 }
 
 void Tokens::ReadList(size_t from, size_t n, int32_t* out) const {
+  // A collection or a destructor may have run Python since this was made. None runs below.
   if (!g_in_place) {
+    if (from + n > static_cast<size_t>(PyList_Size(list_))) RaiseShrunk();
     for (size_t i = 0; i < n; ++i) {
       out[i] = ReadItem(from + i, PyList_GetItem(list_, static_cast<Py_ssize_t>(from + i)));
     }
     return;
   }
-  PyObject* const* const items = reinterpret_cast<const ListObject*>(list_)->items + from;
+  const auto* const list = reinterpret_cast<const ListObject*>(list_);
+  if (from + n > static_cast<size_t>(list->size)) RaiseShrunk();
+  PyObject* const* const items = list->items + from;
   // Eight are read as if each had one digit, and looked at one by one if any hasn't.
   for (size_t i = 0; i < n; i += kAtOnce) {
     const size_t end = std::min(n, i + kAtOnce);

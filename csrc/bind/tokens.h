@@ -19,14 +19,15 @@ namespace kvmem::bind {
 
 class Tokens final {
  public:
-  // Raises TypeError for what is neither. `source` must outlive this and not change.
+  // Raises TypeError for what is neither. `source` must outlive this. What runs Python code comes
+  // before this: a list that shrinks later is an error where it is read.
   explicit Tokens(nanobind::handle source);
 
   size_t size() const { return n_; }
 
   // Tokens [from, from + n), in the array's own memory or in `scratch`. Raises TypeError for an
   // element that is no int (a bool isn't one) and ValueError for one outside 0..2^31-1; both name
-  // its index. REQUIRES: from + n <= size().
+  // its index; RuntimeError where a list has shrunk. REQUIRES: from + n <= size().
   const int32_t* Read(size_t from, size_t n, std::vector<int32_t>& scratch) const;
 
  private:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import gc
 import hashlib
 import mmap
 import pickle
@@ -236,6 +237,44 @@ def test_a_pickled_key_depends_on_which_strings_are_one_object() -> None:
     pickled, cbor = BlockHasher("sha256", 4), BlockHasher("sha256_cbor", 4)
     assert pickled.hash_blocks(tokens, None, [same]) != pickled.hash_blocks(tokens, None, [twin])
     assert cbor.hash_blocks(tokens, None, [same]) == cbor.hash_blocks(tokens, None, [twin])
+
+
+@pytest.mark.parametrize("method", ["hash_blocks", "hash_packed"])
+def test_extra_keys_that_clear_the_tokens_are_refused(method: str, list_reader: str) -> None:
+    tokens = list(range(1000, 5096))
+
+    def clearing() -> Iterator[None]:
+        tokens.clear()
+        for _ in range(256):
+            yield None
+
+    hasher = BlockHasher("sha256", 16)
+    with pytest.raises(ValueError, match="one entry per block: 0, not 256"):
+        getattr(hasher, method)(tokens, extra_keys=clearing())
+
+
+def test_tokens_cleared_by_a_collection_are_never_read(list_reader: str) -> None:
+    tokens = list(range(1000, 5096))
+    hash_blocks = BlockHasher("sha256", 16).hash_blocks
+    whole = hash_blocks(tokens)
+
+    def clear(phase: str, info: dict[str, int]) -> None:
+        tokens.clear()
+
+    before = gc.get_threshold()
+    gc.set_threshold(0)
+    hoard = [[] for _ in range(1000)]  # no list is free to be used again
+    gc.callbacks.append(clear)
+    try:
+        gc.set_threshold(1)  # to CPython 3.11 the next list collects: the answer's own
+        answer: list[bytes] | str = hash_blocks(tokens)
+    except RuntimeError as error:
+        answer = str(error)
+    finally:
+        gc.callbacks.remove(clear)
+        gc.set_threshold(*before)
+    assert answer in ([], whole, "tokens shrank while they were read")
+    assert len(hoard) == 1000
 
 
 def test_extra_keys_must_have_one_entry_per_block() -> None:
