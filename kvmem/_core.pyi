@@ -193,7 +193,7 @@ class HostTier:
         """
         Takes a block and all below it out of matching for good; says how many blocks.
 
-        0 if the slot has another owner by now. Leased slots stay until their leases end. The same keys may be stored anew. O(n_slots).
+        0 if the slot has another owner by now. Leased slots stay until their leases end. The same keys may be stored anew. O(n_slots), O(1) for a leaf.
         """
 
     def clear(self) -> int:

@@ -284,7 +284,7 @@ void RegisterIndex(nb::module_& m) {
            "many blocks.\n\n"
            "0 if the slot has another owner by now. Leased slots stay until "
            "their leases end. The "
-           "same keys may be stored anew. O(n_slots).")
+           "same keys may be stored anew. O(n_slots), O(1) for a leaf.")
       .def("clear", &HostTier::Clear, nb::call_guard<nb::gil_scoped_release>(),
            "Takes every block out of matching at one instant; says how many "
            "were published.\n\n"

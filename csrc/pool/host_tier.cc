@@ -295,6 +295,7 @@ size_t HostTier::Quarantine(int32_t slot, uint64_t generation) {
 // The pending and published blocks of a subtree, deepest first, so that taking them out in this
 // order keeps every instant prefix-closed for readers (I2).
 std::vector<SlotId> HostTier::Subtree(SlotId root) const {
+  if (index_.children(root) == 0) return {root};
   enum Place : uint8_t { kUnseen, kIn, kOut };
   std::vector<uint8_t> place(index_.n_slots(), kUnseen);
   place[root] = kIn;

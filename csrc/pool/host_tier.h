@@ -118,7 +118,8 @@ class HostTier {
   size_t Abandon(const int32_t* slots, const uint64_t* generations, size_t n);
 
   // Takes a block and all below it out of matching for good (I5); the same keys may be stored anew
-  // in other slots. Returns how many blocks; 0 if the slot has another owner by now. O(n_slots).
+  // in other slots. Returns how many blocks; 0 if the slot has another owner by now. O(n_slots),
+  // O(1) for a leaf.
   size_t Quarantine(int32_t slot, uint64_t generation);
 
   // Takes every block out of matching at one instant. Returns how many were published. O(n_slots).

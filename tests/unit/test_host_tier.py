@@ -277,6 +277,37 @@ def test_quarantine_takes_the_block_and_all_below_it(tier: HostTier) -> None:
     assert sound(tier)
 
 
+def test_quarantine_leaf_by_leaf_ends_where_one_of_the_root_does(order: str) -> None:
+    shared = chain("s", 2)
+    a, b = shared + chain("a", 3, shared[-1]), shared + chain("b", 2, shared[-1])
+    ends = []
+    for depths in ([5, 4, 3], [3]):
+        tier = HostTier(10, order)
+        put(tier, a)
+        put(tier, b)
+        _, _, slots, generations = tier.acquire(a, 0, 5)
+        taken = [tier.quarantine(int(slots[d - 1]), int(generations[d - 1])) for d in depths]
+        assert sum(taken) == 3
+        assert sound(tier)
+        stats = tier.stats()
+        assert (stats["condemned"], stats["published"]) == (3, 4)
+        ends.append((stats, [tier.why(key) for key in a + b], tier.match(a), tier.match(b)))
+    assert ends[0] == ends[1]
+
+
+def test_quarantine_of_a_reserved_leaf_leaves_its_siblings(tier: HostTier) -> None:
+    a = chain("a", 2)
+    put(tier, a)
+    _, slots, generations, _ = tier.reserve(a + chain("b", 1, a[-1]), 2, 3)
+    _, others, other_generations, _ = tier.reserve(a + chain("c", 1, a[-1]), 2, 3)
+    assert tier.quarantine(int(slots[0]), int(generations[0])) == 1
+    assert tier.stats()["orphaned"] == 1
+    assert tier.publish(slots, generations, generations) == 0
+    assert tier.publish(others, other_generations, other_generations) == 1
+    assert tier.match(a + chain("c", 1, a[-1])) == 3
+    assert sound(tier)
+
+
 def test_quarantined_key_can_be_stored_anew(tier: HostTier) -> None:
     a = chain("a", 3)
     put(tier, a)
