@@ -48,6 +48,27 @@ def test_the_library_has_code_for_each_architecture(built: Path) -> None:
     assert b"CopyPieces" in (built / "libkvmem_cuda.a").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("release", "architectures"),
+    [("11.7", "80"), ("11.8", "80;90"), ("12.6", "80;90"), ("12.8", "80;90;100")],
+)
+def test_an_older_toolkit_is_asked_only_for_what_it_knows(
+    release: str, architectures: str, tmp_path: Path
+) -> None:
+    older = tmp_path / "nvcc"  # the one that is here, but for what it says of itself
+    says = f"Cuda compilation tools, release {release}, V{release}.1"
+    older.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "{says}" && exit\n'
+        f'exec {shutil.which("nvcc")} "$@"\n'
+    )
+    older.chmod(0o755)
+    options = ["-DKVMEM_PYTHON=OFF", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    options.append(f"-DCMAKE_CUDA_COMPILER={older}")
+    run(tool("cmake"), "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *options)
+    cache = (tmp_path / "build" / "CMakeCache.txt").read_text()
+    assert f"CMAKE_CUDA_ARCHITECTURES:STRING={architectures}\n" in cache
+
+
 def test_wrong_batches_are_refused_without_a_gpu(built: Path) -> None:
     source = ROOT / "tests" / "native" / "cuda" / "refusals.cc"
     program = built / "refusals"

@@ -1,7 +1,7 @@
 // Moves KV blocks between a GPU's layers and pinned host slots, in batches and in stream order.
 //
-// State: compiled by the project's build for sm_80, sm_90 and sm_100; not yet run on a GPU, and
-// nothing calls it yet.
+// State: compiled by the project's build for sm_80, sm_90 (from CUDA 11.8) and sm_100 (from 12.8);
+// not yet run on a GPU, and nothing calls it yet.
 //
 // Thread safety: the functions keep no state between calls and may be called from any thread; the
 // current device of the calling thread must be the one the stream belongs to.
