@@ -69,9 +69,18 @@ def test_an_older_toolkit_is_asked_only_for_what_it_knows(
     assert f"CMAKE_CUDA_ARCHITECTURES:STRING={architectures}\n" in cache
 
 
-def test_wrong_batches_are_refused_without_a_gpu(built: Path) -> None:
-    source = ROOT / "tests" / "native" / "cuda" / "refusals.cc"
-    program = built / "refusals"
-    include = ROOT / "csrc"
-    run("nvcc", "-std=c++20", "-I", include, source, built / "libkvmem_cuda.a", "-o", program)
+def run_without_a_gpu(built: Path, name: str, *options: str) -> None:
+    source = ROOT / "tests" / "native" / "cuda" / f"{name}.cc"
+    program = built / name
+    library = built / "libkvmem_cuda.a"
+    run("nvcc", "-std=c++20", "-I", ROOT / "csrc", source, library, *options, "-o", program)
     run(program)
+
+
+def test_wrong_batches_are_refused_without_a_gpu(built: Path) -> None:
+    run_without_a_gpu(built, "refusals")
+
+
+def test_an_older_error_is_neither_taken_for_the_launch_s_nor_cleared(built: Path) -> None:
+    wraps = ("--wrap=cudaLaunchKernel", "--wrap=cudaGetLastError")
+    run_without_a_gpu(built, "launch_errors", *(w for wrap in wraps for w in ("-Xlinker", wrap)))

@@ -101,8 +101,10 @@ cudaError_t LaunchSmall(const std::vector<Copy>& small, cudaStream_t stream) {
     list.n = static_cast<uint32_t>(std::min(kLaunchCopies, small.size() - first));
     std::copy_n(small.begin() + static_cast<std::ptrdiff_t>(first), list.n, list.copies);
     const auto grid = static_cast<unsigned>(std::min<size_t>(list.n, kMaxGrid));
-    CopyPieces<<<grid, kThreads, 0, stream>>>(list);
-    const cudaError_t error = cudaGetLastError();
+    void* arguments[] = {&list};
+    // Its own answer: cudaGetLastError() would take and clear an older error of the engine's.
+    const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(&CopyPieces),
+                                               dim3(grid), dim3(kThreads), arguments, 0, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
