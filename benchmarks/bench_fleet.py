@@ -1,11 +1,12 @@
 """The scorecard: what does a fleet of agents wait for, and what is computed twice?
 
-    python -m benchmarks.bench_fleet [--short] [--throttle] [--data FOLDER] [--host-share 0.5] ...
+    python -m benchmarks.bench_fleet [--short] [--throttle] [--data FOLDER] [--host-share 1] ...
 
 16 agents on real conversations talk to a stock vLLM server through the OpenAI client, with pauses
 as real agents' tools make them. The live set is the KV bytes of the longest prompts of all agents
 alive (here all live to the end), shared prefixes once; the device and the host tier get shares of
-it. Arms, one after the other on the same prompts, pauses, device bytes and OpenMP binding:
+it, by default a quarter and a half, so that what is kept and what is evicted counts. Arms, one
+after the other on the same prompts, pauses, device bytes and OpenMP binding:
 
     vllm      vLLM alone
     kvmem     vLLM with kvmem, host tier of `--host-share`
@@ -241,6 +242,7 @@ def _result(scores: dict[str, Score], run: Run, throttle: float) -> dict[str, An
         },
         "wrong_by_arm": {name: s.wrong for name, s in scores.items()},
         "total_s": {name: round(s.total_s, 1) for name, s in scores.items()},
+        "preemptions": {name: s.preemptions for name, s in scores.items()},
         "agents": len(run.load.agents),
         "calls": ours.calls,
         "live_bytes": run.budget.live,
@@ -260,7 +262,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3, help="calls of each agent")
     parser.add_argument("--max-tokens", type=int, default=16, help="tokens of each reply")
     parser.add_argument("--device-share", type=float, default=None, help="of the live set (0.25)")
-    parser.add_argument("--host-share", type=float, default=1.0, help="of the live set")
+    parser.add_argument("--host-share", type=float, default=0.5, help="of the live set")
     parser.add_argument("--gap-scale", type=float, default=0.1, help="times real agents' gaps")
     parser.add_argument("--gap-cap-s", type=float, default=10.0, help="the longest gap")
     parser.add_argument("--throttle", action="store_true", help="an 8B model's load over compute")

@@ -70,23 +70,36 @@ struct Cbor {
   }
 };
 
+// What stands before a message: a chain may read 16 bytes there.
+constexpr size_t kBefore = 64;
+constexpr size_t kBuffer = kBefore + (kMaxMessage + 63) / 64 * 64;
+
+// A message, all but the parent in it, is written while the one before it waits for its key: the
+// rounds of SHA-256 wait for one another, so there is room beside them, and its bytes have left the
+// store buffer when they are read again, wider than they were written.
 template <class Format>
-void HashChain(Sha256Compress compress, TokenWriter write, size_t block_tokens,
-               const int32_t* tokens, size_t n_blocks, const uint8_t* parent, uint8_t* keys) {
-  alignas(64) uint8_t message[kMaxMessage];
-  uint8_t* const first = Format::Open(message, block_tokens);
-  for (; n_blocks != 0; --n_blocks, keys += kSha256Bytes) {
-    uint8_t* at = write(first, tokens, block_tokens);
-    tokens += block_tokens;
-    at = Format::Close(message, at, block_tokens);
-    const size_t n_message_blocks = Sha256Pad(message, static_cast<size_t>(at - message));
-    // The parent goes in last: all before it can run ahead while the key before is computed.
-    std::memcpy(message + Format::kParent, parent, kSha256Bytes);
-    uint32_t state[8];
-    std::copy(kSha256Init, kSha256Init + 8, state);
-    compress(state, message, n_message_blocks);
-    Sha256Store(state, keys);
-    parent = keys;
+void HashChain(Sha256Chain hash, TokenWriter write, size_t block_tokens, const int32_t* tokens,
+               size_t n_blocks, const uint8_t* parent, uint8_t* keys) {
+  if (n_blocks == 0) return;
+  alignas(64) uint8_t buffer[2][kBuffer];
+  uint8_t* const message[2] = {buffer[0] + kBefore, buffer[1] + kBefore};
+  uint8_t* first[2];
+  uint32_t n_message_blocks[2];
+  for (size_t side = 0; side < std::min<size_t>(2, n_blocks); ++side) {
+    std::memset(message[side] - 16, 0, 16);
+    first[side] = Format::Open(message[side], block_tokens);
+  }
+  const auto prepare = [&](size_t i) {
+    const size_t side = i & 1;
+    uint8_t* end = write(first[side], tokens + i * block_tokens, block_tokens);
+    end = Format::Close(message[side], end, block_tokens);
+    const size_t n_bytes = static_cast<size_t>(end - message[side]);
+    n_message_blocks[side] = static_cast<uint32_t>(Sha256Pad(message[side], n_bytes));
+  };
+  prepare(0);
+  for (size_t i = 0; i < n_blocks; ++i, parent = keys, keys += kSha256Bytes) {
+    if (i + 1 < n_blocks) prepare(i + 1);
+    hash(message[i & 1], n_message_blocks[i & 1], parent, keys);
   }
 }
 
@@ -108,6 +121,8 @@ BlockChain::BlockChain(ChainScheme scheme, size_t block_tokens,
     : scheme_(scheme),
       block_tokens_(block_tokens),
       compress_(SelectSha256(path)),
+      hash_messages_(scheme == ChainScheme::kPickle ? SelectSha256Chain<Pickle::kParent>(path)
+                                                    : SelectSha256Chain<Cbor::kParent>(path)),
       write_(scheme == ChainScheme::kPickle
                  ? internal::SelectPickleWriter(path == Sha256Path::kPortable)
                  : internal::SelectCborWriter(path == Sha256Path::kPortable)) {
@@ -118,7 +133,7 @@ void BlockChain::Hash(const int32_t* tokens, size_t n_blocks, const uint8_t* par
                       uint8_t* keys) const {
   if (parent == nullptr) parent = none_hash_;
   const auto hash = scheme_ == ChainScheme::kPickle ? HashChain<Pickle> : HashChain<Cbor>;
-  hash(compress_, write_, block_tokens_, tokens, n_blocks, parent, keys);
+  hash(hash_messages_, write_, block_tokens_, tokens, n_blocks, parent, keys);
 }
 
 void BlockChain::HashWith(const ExtraKeys& extra, const int32_t* tokens, const uint8_t* parent,

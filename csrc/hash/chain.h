@@ -59,6 +59,7 @@ class BlockChain {
   ChainScheme scheme_;
   size_t block_tokens_;
   Sha256Compress compress_;
+  Sha256Chain hash_messages_;
   internal::TokenWriter write_;
   uint8_t none_hash_[kSha256Bytes];
 };

@@ -69,48 +69,104 @@ void CompressPortable(uint32_t state[8], const uint8_t* blocks, size_t n_blocks)
 
 #if defined(__x86_64__)
 
-// The SHA extensions hold the state as (A,B,E,F) and (C,D,G,H), highest lane first, and do two
-// rounds an instruction; four rounds take one vector of four schedule words.
-__attribute__((target("sha,sse4.1"))) void CompressShaNi(uint32_t state[8], const uint8_t* blocks,
-                                                         size_t n_blocks) {
-  const __m128i big_endian = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+#define KVMEM_SHA_NI __attribute__((target("sha,sse4.1")))
+
+// The SHA extensions hold the state as (A,B,E,F) and (C,D,G,H), highest lane first.
+struct ShaNiState {
+  __m128i abef;
+  __m128i cdgh;
+};
+
+KVMEM_SHA_NI inline __m128i SwapEachWord(__m128i bytes) {
+  return _mm_shuffle_epi8(bytes, _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203));
+}
+
+KVMEM_SHA_NI inline ShaNiState LoadState(const uint32_t state[8]) {
   const __m128i dcba = _mm_loadu_si128(reinterpret_cast<const __m128i*>(state));
   const __m128i hgfe = _mm_loadu_si128(reinterpret_cast<const __m128i*>(state + 4));
   const __m128i cdab = _mm_shuffle_epi32(dcba, 0xB1);
   const __m128i efgh = _mm_shuffle_epi32(hgfe, 0x1B);
-  __m128i abef = _mm_alignr_epi8(cdab, efgh, 8);
-  __m128i cdgh = _mm_blend_epi16(efgh, cdab, 0xF0);
+  return {_mm_alignr_epi8(cdab, efgh, 8), _mm_blend_epi16(efgh, cdab, 0xF0)};
+}
 
-  for (; n_blocks != 0; --n_blocks, blocks += kSha256Block) {
-    const __m128i abef_before = abef;
-    const __m128i cdgh_before = cdgh;
-    __m128i w[4];
+// The words A to D and E to H, in the order of memory.
+KVMEM_SHA_NI inline void InOrder(const ShaNiState& state, __m128i* dcba, __m128i* hgfe) {
+  const __m128i feba = _mm_shuffle_epi32(state.abef, 0x1B);
+  const __m128i dchg = _mm_shuffle_epi32(state.cdgh, 0xB1);
+  *dcba = _mm_blend_epi16(feba, dchg, 0xF0);
+  *hgfe = _mm_alignr_epi8(dchg, feba, 8);
+}
+
+// One block of 64 bytes, its words already big-endian. Two rounds an instruction; four rounds take
+// one vector of four schedule words.
+KVMEM_SHA_NI inline ShaNiState Rounds(const ShaNiState& before, __m128i w0, __m128i w1, __m128i w2,
+                                      __m128i w3) {
+  __m128i w[4] = {w0, w1, w2, w3};
+  __m128i abef = before.abef;
+  __m128i cdgh = before.cdgh;
 #pragma GCC unroll 16
-    for (int g = 0; g < 16; ++g) {
-      __m128i& now = w[g & 3];
-      if (g < 4) {
-        now = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks) + g),
-                               big_endian);
-      } else {
-        // W[t] = s1(W[t-2]) + W[t-7] + s0(W[t-15]) + W[t-16], four at a time.
-        const __m128i& last = w[(g + 3) & 3];
-        const __m128i t_minus_7 = _mm_alignr_epi8(last, w[(g + 2) & 3], 4);
-        now = _mm_sha256msg2_epu32(
-            _mm_add_epi32(_mm_sha256msg1_epu32(now, w[(g + 1) & 3]), t_minus_7), last);
-      }
-      const __m128i wk =
-          _mm_add_epi32(now, _mm_load_si128(reinterpret_cast<const __m128i*>(kRound) + g));
-      cdgh = _mm_sha256rnds2_epu32(cdgh, abef, wk);
-      abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(wk, 0x0E));
+  for (int g = 0; g < 16; ++g) {
+    __m128i& now = w[g & 3];
+    if (g >= 4) {
+      // W[t] = s1(W[t-2]) + W[t-7] + s0(W[t-15]) + W[t-16], four at a time.
+      const __m128i& last = w[(g + 3) & 3];
+      const __m128i t_minus_7 = _mm_alignr_epi8(last, w[(g + 2) & 3], 4);
+      now = _mm_sha256msg2_epu32(
+          _mm_add_epi32(_mm_sha256msg1_epu32(now, w[(g + 1) & 3]), t_minus_7), last);
     }
-    abef = _mm_add_epi32(abef, abef_before);
-    cdgh = _mm_add_epi32(cdgh, cdgh_before);
+    const __m128i wk =
+        _mm_add_epi32(now, _mm_load_si128(reinterpret_cast<const __m128i*>(kRound) + g));
+    cdgh = _mm_sha256rnds2_epu32(cdgh, abef, wk);
+    abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(wk, 0x0E));
   }
+  return {_mm_add_epi32(abef, before.abef), _mm_add_epi32(cdgh, before.cdgh)};
+}
 
-  const __m128i feba = _mm_shuffle_epi32(abef, 0x1B);
-  const __m128i dchg = _mm_shuffle_epi32(cdgh, 0xB1);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(state), _mm_blend_epi16(feba, dchg, 0xF0));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(state + 4), _mm_alignr_epi8(dchg, feba, 8));
+KVMEM_SHA_NI inline __m128i LoadBytes(const uint8_t* at) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+}
+
+KVMEM_SHA_NI inline ShaNiState CompressOne(const ShaNiState& state, const uint8_t* block) {
+  return Rounds(state, SwapEachWord(LoadBytes(block)), SwapEachWord(LoadBytes(block + 16)),
+                SwapEachWord(LoadBytes(block + 32)), SwapEachWord(LoadBytes(block + 48)));
+}
+
+KVMEM_SHA_NI void CompressShaNi(uint32_t state[8], const uint8_t* blocks, size_t n_blocks) {
+  ShaNiState now = LoadState(state);
+  for (; n_blocks != 0; --n_blocks, blocks += kSha256Block) now = CompressOne(now, blocks);
+  __m128i dcba;
+  __m128i hgfe;
+  InOrder(now, &dcba, &hgfe);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(state), dcba);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(state + 4), hgfe);
+}
+
+// The parent goes in by registers: written into the message in two halves and read back in three
+// that lie across them, it would wait for both stores to leave the store buffer, in the one place
+// where the whole chain waits.
+template <size_t kParentAt>
+KVMEM_SHA_NI void ChainShaNi(uint8_t* message, size_t n_blocks, const uint8_t* parent,
+                             uint8_t* key) {
+  static_assert(kParentAt < 16, "the parent ends in the third quarter of the first block");
+  constexpr int kShift = 16 - static_cast<int>(kParentAt);
+  const __m128i low = LoadBytes(parent);
+  const __m128i high = LoadBytes(parent + 16);
+  // [0, kParentAt)  as it lies;  [kParentAt, kParentAt + 32)  the parent;  the rest as it lies
+  const __m128i before = LoadBytes(message + kParentAt - 16);
+  const __m128i after = LoadBytes(message + kParentAt + kSha256Bytes);
+  ShaNiState state = Rounds(
+      LoadState(kSha256Init), SwapEachWord(_mm_alignr_epi8(low, before, kShift)),
+      SwapEachWord(_mm_alignr_epi8(high, low, kShift)),
+      SwapEachWord(_mm_alignr_epi8(after, high, kShift)), SwapEachWord(LoadBytes(message + 48)));
+  while (--n_blocks != 0) {
+    message += kSha256Block;
+    state = CompressOne(state, message);
+  }
+  __m128i dcba;
+  __m128i hgfe;
+  InOrder(state, &dcba, &hgfe);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(key), SwapEachWord(dcba));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(key + 16), SwapEachWord(hgfe));
 }
 
 bool HasShaNi() {
@@ -124,6 +180,15 @@ bool HasShaNi() {
 }
 
 #endif
+
+template <size_t kParentAt>
+void ChainPortable(uint8_t* message, size_t n_blocks, const uint8_t* parent, uint8_t* key) {
+  std::memcpy(message + kParentAt, parent, kSha256Bytes);
+  uint32_t state[8];
+  std::copy(kSha256Init, kSha256Init + 8, state);
+  CompressPortable(state, message, n_blocks);
+  Sha256Store(state, key);
+}
 
 }  // namespace
 
@@ -142,12 +207,24 @@ Sha256Compress SelectSha256(Sha256Path path) {
   return path == Sha256Path::kShaNi ? nullptr : CompressPortable;
 }
 
+template <size_t kParentAt>
+Sha256Chain SelectSha256Chain(Sha256Path path) {
+#if defined(__x86_64__)
+  if (SelectSha256(path) == CompressShaNi) return ChainShaNi<kParentAt>;
+#endif
+  static_cast<void>(path);
+  return ChainPortable<kParentAt>;
+}
+
+template Sha256Chain SelectSha256Chain<3>(Sha256Path path);
+template Sha256Chain SelectSha256Chain<13>(Sha256Path path);
+
 size_t Sha256Pad(uint8_t* message, size_t n_bytes) {
   const size_t n_blocks = (n_bytes + 8) / kSha256Block + 1;
   uint8_t* const end = message + n_blocks * kSha256Block;
-  // [n_bytes, end - 8)  one 1 bit, then zeros;  [end - 8, end)  the length in bits
+  // [n_bytes, end - 8)  one 1 bit, then zeros;  [end - 8, end)  the length in bits;  then any bytes
   message[n_bytes] = 0x80;
-  std::memset(message + n_bytes + 1, 0, static_cast<size_t>(end - message) - n_bytes - 1);
+  std::memset(message + n_bytes + 1, 0, 71);  // of a fixed length: no call
   StoreBig32(end - 8, static_cast<uint32_t>(static_cast<uint64_t>(n_bytes) >> 29));
   StoreBig32(end - 4, static_cast<uint32_t>(n_bytes << 3));
   return n_blocks;

@@ -47,6 +47,73 @@ uint8_t* WriteEach(uint8_t* at, const int32_t* tokens, size_t n) {
 
 #if defined(__x86_64__)
 
+#define KVMEM_SSSE3 __attribute__((target("ssse3")))
+
+// Four tokens by their widths: where each byte of the result comes from, and what is put on it.
+struct Four {
+  alignas(64) uint8_t from[32];  // a byte of the four ids; 0x80 for none
+  uint8_t heads[32];
+};
+
+struct FourTable {
+  Four by_widths[256];
+  uint8_t n_bytes[256];
+};
+
+// A width is a number from 0 up, its lower bit in bit i and its higher bit in bit 4 + i of the
+// index for token i.
+template <bool kPickle>
+constexpr FourTable kFourTable = [] {
+  FourTable table = {};
+  for (unsigned index = 0; index < 256; ++index) {
+    Four& four = table.by_widths[index];
+    for (uint8_t& byte : four.from) byte = 0x80;
+    unsigned at = 0;
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned width = (index >> i & 1) | (index >> (4 + i) & 1) << 1;
+      const unsigned bytes_of[] = {kPickle ? 1u : 0u, kPickle ? 2u : 1u, kPickle ? 4u : 2u, 4u};
+      const uint8_t pickle_heads[] = {'K', 'M', 'J', 'J'};
+      const uint8_t cbor_heads[] = {0, 0x18, 0x19, 0x1A};
+      const unsigned n = bytes_of[width];
+      four.heads[at] = kPickle ? pickle_heads[width] : cbor_heads[width];
+      if (n == 0) four.from[at] = static_cast<uint8_t>(4 * i);  // a head below 24 is the value
+      ++at;
+      for (unsigned b = 0; b < n; ++b) {
+        four.from[at++] = static_cast<uint8_t>(4 * i + (kPickle ? b : n - 1 - b));
+      }
+    }
+    table.n_bytes[index] = static_cast<uint8_t>(at);
+  }
+  return table;
+}();
+
+KVMEM_SSSE3 inline unsigned Above(__m128i ids, int value) {
+  return static_cast<unsigned>(
+      _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpgt_epi32(ids, _mm_set1_epi32(value)))));
+}
+
+template <bool kPickle>
+KVMEM_SSSE3 uint8_t* WriteSsse3(uint8_t* at, const int32_t* tokens, size_t n) {
+  constexpr const FourTable& kTable = kFourTable<kPickle>;
+  for (; n >= 4; n -= 4, tokens += 4) {
+    const __m128i ids = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tokens));
+    const unsigned above_1 = Above(ids, 0xFF);
+    const unsigned above_2 = Above(ids, 0xFFFF);
+    unsigned widths;
+    if constexpr (kPickle) {
+      widths = (above_1 ^ above_2) | above_2 << 4;
+    } else {
+      widths = (Above(ids, 23) ^ above_1 ^ above_2) | above_1 << 4;
+    }
+    const auto* four = reinterpret_cast<const __m128i*>(&kTable.by_widths[widths]);
+    auto* const out = reinterpret_cast<__m128i*>(at);
+    _mm_storeu_si128(out, _mm_or_si128(_mm_shuffle_epi8(ids, four[0]), four[2]));
+    _mm_storeu_si128(out + 1, _mm_or_si128(_mm_shuffle_epi8(ids, four[1]), four[3]));
+    at += kTable.n_bytes[widths];
+  }
+  return WriteEach<kPickle ? PickleOne : CborOne>(at, tokens, n);
+}
+
 #define KVMEM_VBMI2 __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vbmi2,bmi2,popcnt")))
 
 // Every token gets five bytes of a register: its head, then its four bytes in the format's order;
@@ -119,6 +186,7 @@ bool HasVbmi2() {
 TokenWriter SelectPickleWriter(bool portable) {
 #if defined(__x86_64__)
   if (!portable && HasVbmi2()) return WriteVbmi2<true>;
+  if (!portable && __builtin_cpu_supports("ssse3")) return WriteSsse3<true>;
 #endif
   static_cast<void>(portable);
   return WriteEach<PickleOne>;
@@ -127,6 +195,7 @@ TokenWriter SelectPickleWriter(bool portable) {
 TokenWriter SelectCborWriter(bool portable) {
 #if defined(__x86_64__)
   if (!portable && HasVbmi2()) return WriteVbmi2<false>;
+  if (!portable && __builtin_cpu_supports("ssse3")) return WriteSsse3<false>;
 #endif
   static_cast<void>(portable);
   return WriteEach<CborOne>;

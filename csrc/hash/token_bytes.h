@@ -1,6 +1,6 @@
 // Token ids as pickle and canonical CBOR write them, one after the other.
 //
-// Thread safety: pure. AVX-512 with VBMI2 writes twelve at a time; other CPUs one.
+// Thread safety: pure. AVX-512 with VBMI2 writes twelve at a time, SSSE3 four, other CPUs one.
 #pragma once
 
 #include <cstddef>

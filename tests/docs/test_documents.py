@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -100,3 +101,36 @@ def test_error_tree_of_the_docstring_is_the_tree_of_the_classes() -> None:
     classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     drawn = re.findall(r"^[ │]*[├└]── (\w+)", ast.get_docstring(tree) or "", re.MULTILINE)
     assert {*drawn, "KVMemError"} == classes
+
+
+def benchmark_keys() -> dict[str, set[str]]:
+    """The keys that docs/benchmarks.md promises, by benchmark."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text().partition("## Keys")[2]
+    parts = re.split(r"^\*\*(bench_\w+)\*\*", page.partition("## Two traps")[0], flags=re.MULTILINE)
+    promised = {}
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) or [text]
+        promised[name] = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    return promised
+
+
+def newest_results() -> dict[str, dict[str, object]]:
+    """The JSON of each benchmark's first row in RESULTS.md, which has the newest first."""
+    newest: dict[str, dict[str, object]] = {}
+    for line in (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines():
+        found = re.search(r"benchmarks\.(bench_\w+).*\| `(\{.*\})` \|$", line)
+        if found:
+            newest.setdefault(found[1], json.loads(found[2]))
+    return newest
+
+
+def test_every_benchmark_is_on_the_page_with_its_keys() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    listed = set(re.findall(r"^\| `(bench_\w+)` \|", page, re.MULTILINE))
+    assert listed == {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert listed == set(benchmark_keys())
+
+
+@pytest.mark.parametrize("name", sorted(benchmark_keys()))
+def test_a_benchmarks_newest_result_has_every_key_that_the_page_explains(name: str) -> None:
+    assert benchmark_keys()[name] - set(newest_results()[name]) == set()
