@@ -14,12 +14,12 @@
 #include "arena_bytes.h"
 #include "check.h"
 #include "copy/slot_copier.h"
+#include "guarded_bytes.h"
 #include "hash/xxh3.h"
 
 namespace kvmem {
 namespace {
 
-constexpr size_t kPage = 4096;
 constexpr CpuPath kPaths[] = {CpuPath::kPlain, CpuPath::kAvx2, CpuPath::kAvx512};
 
 using Key = std::array<std::byte, kKeyBytes>;
