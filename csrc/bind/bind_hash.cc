@@ -53,11 +53,11 @@ const uint8_t* ParentBytes(const std::optional<nb::bytes>& parent) {
   return parent ? KeyBytes("parent", *parent) : nullptr;
 }
 
-// All at once, without the GIL.
+// All at once, without the GIL: from a copy, since threads that have it may write to the array.
 void HashLong(const BlockChain& chain, const Tokens& tokens, const uint8_t* parent, size_t n_blocks,
               uint8_t* keys) {
   std::vector<int32_t> scratch;
-  const int32_t* const ids = tokens.Read(0, n_blocks * chain.block_tokens(), scratch);
+  const int32_t* const ids = tokens.Copy(0, n_blocks * chain.block_tokens(), scratch);
   const nb::gil_scoped_release release;
   chain.Hash(ids, n_blocks, parent, keys);
 }
@@ -104,7 +104,7 @@ std::vector<uint8_t> HashExtra(const BlockChain& chain, nb::handle source, const
                std::to_string(extra.size()));
   }
   std::vector<int32_t> scratch;
-  const int32_t* const ids = tokens.Read(0, n_blocks * chain.block_tokens(), scratch);
+  const int32_t* const ids = tokens.Copy(0, n_blocks * chain.block_tokens(), scratch);
   std::vector<uint8_t> keys(n_blocks * kSha256Bytes);
   const nb::gil_scoped_release release;
   for (size_t i = 0; i < n_blocks; ++i) {

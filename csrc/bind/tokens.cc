@@ -143,12 +143,23 @@ const int32_t* Tokens::Read(size_t from, size_t n, std::vector<int32_t>& scratch
     return scratch.data();
   }
   const int32_t* const tokens = array_.data() + from;
+  CheckRange(tokens, from, n);
+  return tokens;
+}
+
+const int32_t* Tokens::Copy(size_t from, size_t n, std::vector<int32_t>& scratch) const {
+  if (list_ != nullptr) return Read(from, n, scratch);
+  scratch.assign(array_.data() + from, array_.data() + from + n);
+  CheckRange(scratch.data(), from, n);
+  return scratch.data();
+}
+
+void Tokens::CheckRange(const int32_t* tokens, size_t from, size_t n) {
   int32_t all = 0;
   for (size_t i = 0; i < n; ++i) all |= tokens[i];
   for (size_t i = 0; all < 0; ++i) {
     if (tokens[i] < 0) RaiseRange(from + i, std::to_string(tokens[i]));
   }
-  return tokens;
 }
 
 void Tokens::ReadList(size_t from, size_t n, int32_t* out) const {

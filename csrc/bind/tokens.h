@@ -30,11 +30,15 @@ class Tokens final {
   // its index; RuntimeError where a list has shrunk. REQUIRES: from + n <= size().
   const int32_t* Read(size_t from, size_t n, std::vector<int32_t>& scratch) const;
 
+  // The same, always in `scratch`: for work without the GIL, when an array's owner may write to it.
+  const int32_t* Copy(size_t from, size_t n, std::vector<int32_t>& scratch) const;
+
  private:
   using Array = nanobind::ndarray<const int32_t, nanobind::ndim<1>, nanobind::c_contig,
                                   nanobind::device::cpu>;
 
   void ReadList(size_t from, size_t n, int32_t* out) const;
+  static void CheckRange(const int32_t* tokens, size_t from, size_t n);
 
   size_t n_ = 0;
   PyObject* list_ = nullptr;

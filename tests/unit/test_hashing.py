@@ -6,10 +6,12 @@ import enum
 import functools
 import gc
 import hashlib
+import itertools
 import mmap
 import pickle
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -275,6 +277,31 @@ def test_tokens_cleared_by_a_collection_are_never_read(list_reader: str) -> None
         gc.set_threshold(*before)
     assert answer in ([], whole, "tokens shrank while they were read")
     assert len(hoard) == 1000
+
+
+@pytest.mark.parametrize("extra_keys", [None, [None] * 8192], ids=["plain", "extra"])
+def test_an_array_written_meanwhile_gives_the_keys_of_one_instant(extra_keys: Any) -> None:
+    hasher = BlockHasher("sha256", 16)
+    contents = [np.full(8192 * 16, value, np.int32) for value in (1, 2)]
+    expected = [hasher.hash_packed(tokens) for tokens in contents]
+    shared = contents[0].copy()
+    done = threading.Event()
+
+    def write() -> None:
+        view = memoryview(shared).cast("B")
+        for value in itertools.cycle([tokens.tobytes() for tokens in contents]):
+            view[:] = value  # all of it with the GIL held
+            if done.is_set():
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(20):
+            assert hasher.hash_packed(shared, extra_keys=extra_keys) in expected
+    finally:
+        done.set()
+        writer.join()
 
 
 def test_extra_keys_must_have_one_entry_per_block() -> None:
