@@ -62,17 +62,22 @@ void HashLong(const BlockChain& chain, const Tokens& tokens, const uint8_t* pare
   chain.Hash(ids, n_blocks, parent, keys);
 }
 
-// Block by block, block i to where place(i) says: the rounds of one block wait for each other, and
-// meanwhile the next one's place is made and its tokens are read.
-template <typename Place>
+// Some blocks at a time, with the GIL, so that a list's ids are hashed while they are in the first
+// cache: take(i, key) gets the key of block i.
+template <typename Take>
 void HashShort(const BlockChain& chain, const Tokens& tokens, const uint8_t* parent,
-               size_t n_blocks, const Place& place) {
-  std::vector<int32_t> scratch;
+               size_t n_blocks, const Take& take) {
+  constexpr size_t kAtOnce = 32;
   const size_t n = chain.block_tokens();
-  for (size_t i = 0; i < n_blocks; ++i) {
-    uint8_t* const key = place(i);
-    chain.Hash(tokens.Read(i * n, n, scratch), 1, parent, key);
-    parent = key;
+  std::vector<int32_t> scratch;
+  uint8_t keys[(1 + kAtOnce) * kSha256Bytes];  // the parent's first
+  uint8_t* const own = keys + kSha256Bytes;
+  for (size_t from = 0; from < n_blocks; from += kAtOnce) {
+    const size_t now = std::min(kAtOnce, n_blocks - from);
+    chain.Hash(tokens.Read(from * n, now * n, scratch), now, parent, own);
+    for (size_t i = 0; i < now; ++i) take(from + i, own + i * kSha256Bytes);
+    std::memcpy(keys, own + (now - 1) * kSha256Bytes, kSha256Bytes);
+    parent = keys;
   }
 }
 
@@ -130,7 +135,9 @@ nb::object HashPacked(const BlockChain& chain, nb::handle source, std::optional<
   if (tokens.size() >= kReleaseTokens) {
     HashLong(chain, tokens, before, n_blocks, keys);
   } else {
-    HashShort(chain, tokens, before, n_blocks, [&](size_t i) { return keys + i * kSha256Bytes; });
+    HashShort(chain, tokens, before, n_blocks, [&](size_t i, const uint8_t* key) {
+      std::memcpy(keys + i * kSha256Bytes, key, kSha256Bytes);
+    });
   }
   return packed;
 }
@@ -150,11 +157,9 @@ nb::object HashBlocks(const BlockChain& chain, nb::handle source, std::optional<
     return KeyList(keys.get(), n_blocks);
   }
   nb::object list = NewList(n_blocks);
-  HashShort(chain, tokens, before, n_blocks, [&](size_t i) {
-    nb::object key = NewBytes(nullptr, kSha256Bytes);
-    uint8_t* const bytes = BytesOf(key);
-    PyList_SetItem(list.ptr(), static_cast<Py_ssize_t>(i), key.release().ptr());  // steals
-    return bytes;
+  HashShort(chain, tokens, before, n_blocks, [&](size_t i, const uint8_t* key) {
+    nb::object bytes = NewBytes(key, kSha256Bytes);
+    PyList_SetItem(list.ptr(), static_cast<Py_ssize_t>(i), bytes.release().ptr());  // steals
   });
   return list;
 }
