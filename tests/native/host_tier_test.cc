@@ -1,18 +1,23 @@
 // HostTier: what CheckIntegrity() must see when a structure is broken on purpose, and writers,
 // readers and lessees side by side. The "bytes" of a slot are a plain array, so that a slot that is
 // reused under a lease, or under a writer, is a data race that ThreadSanitizer reports and a wrong
-// value that CHECK reports.
+// value that CHECK reports. One prompt's depth is told step by step (story.h), so that readers know
+// what must match and what must not.
 #include "pool/host_tier.h"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <functional>
 #include <memory>
 #include <random>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
 #include "keys.h"
+#include "story.h"
 
 namespace kvmem {
 
@@ -114,9 +119,14 @@ void EveryDamageIsReported() {
 constexpr uint32_t kSlots = 96;
 constexpr uint32_t kPrompts = 12;
 constexpr uint32_t kDepth = 16;
+constexpr uint32_t kPublishedDepth = 13;  // blocks below it are reserved and always given up
+constexpr uint64_t kKept = 500;           // the prompt that has a story
 constexpr int kWriters = 2;
 constexpr int kReaders = 2;
 constexpr int kSteps = 20'000;
+constexpr int kTurnsAKeeperStep = 20;  // of all writers together
+constexpr int kLead = 20;              // keeper's steps that either side may be ahead
+constexpr int kKeeperSteps = kWriters * kSteps / kTurnsAKeeperStep;
 
 // Prompts fork: the first half of the blocks is shared by three prompts.
 class Forked final : public KeyList {
@@ -134,8 +144,15 @@ struct World {
   std::unique_ptr<HostTier> tier;
   std::vector<uint64_t> bytes = std::vector<uint64_t>(kSlots);  // plain on purpose
   std::atomic<int> writers_left{kWriters};
+  Story story{2 * kKeeperSteps};  // of kKept
+  // The lock is unfair: without these one side would starve.
+  std::atomic<int> turns{0};
+  std::atomic<int> keeper_steps{0};
+  std::atomic<uint64_t> reserved{0};
+  std::atomic<uint64_t> published{0};
   std::atomic<uint64_t> served{0};
-  std::atomic<uint64_t> matched{0};
+  std::atomic<uint64_t> answers{0};
+  std::atomic<uint64_t> answers_beside_changes{0};
 };
 
 void StoreTurn(World* world, std::mt19937* random, uint32_t prompt) {
@@ -150,11 +167,21 @@ void StoreTurn(World* world, std::mt19937* random, uint32_t prompt) {
     sums.push_back(world->bytes[got.slots[i]]);
   }
   const size_t n = got.slots.size();
-  if ((*random)() % 8 == 0) {
-    tier.Abandon(got.slots.data(), got.generations.data(), n);
-  } else {
-    CHECK(tier.Publish(got.slots.data(), got.generations.data(), sums.data(), n) <= n);
+  size_t n_published = 0;  // of the slots: what is given up hangs below it
+  if ((*random)() % 8 != 0) {
+    while (n_published < n && got.index[n_published] < int{kPublishedDepth}) ++n_published;
   }
+  // The rest hangs below the first: nothing of it can be published any more.
+  const bool lost = n > 0 && (*random)() % 64 == 0;
+  if (lost) tier.Quarantine(got.slots[0], got.generations[0]);
+  const size_t n_done =
+      tier.Publish(got.slots.data(), got.generations.data(), sums.data(), n_published);
+  if (lost) CHECK(n_done == 0);
+  world->reserved += n;
+  world->published += n_done;
+  // I3: a reserved slot is its writer's until it reports, whatever happened to the block.
+  CHECK(tier.Abandon(got.slots.data() + n_published, got.generations.data() + n_published,
+                     n - n_published) == n - n_published);
 }
 
 void LoadTurn(World* world, std::mt19937* random, uint32_t prompt) {
@@ -162,6 +189,7 @@ void LoadTurn(World* world, std::mt19937* random, uint32_t prompt) {
   const Forked keys(prompt, kDepth);
   const size_t start = (*random)() % 3;
   const HostTier::Acquired got = tier.Acquire(keys, start, kDepth);
+  CHECK(got.n <= kPublishedDepth);  // I4
   for (int look = 0; look < 3; ++look) {
     for (size_t i = 0; i < got.slots.size(); ++i) {
       // I3: leased, so these bytes are this block's until the release, whatever else happens.
@@ -184,29 +212,133 @@ void LoadTurn(World* world, std::mt19937* random, uint32_t prompt) {
 void WriteAndServe(World* world, uint32_t seed) {
   std::mt19937 random(seed);
   for (int step = 0; step < kSteps; ++step) {
+    const int turn = world->turns.fetch_add(1);
+    world->turns.notify_all();
+    for (int done; turn > kTurnsAKeeperStep * ((done = world->keeper_steps.load()) + kLead);) {
+      world->keeper_steps.wait(done);
+    }
     const uint32_t prompt = random() % kPrompts;
     if (random() % 2 == 0) {
       StoreTurn(world, &random, prompt);
     } else {
       LoadTurn(world, &random, prompt);
     }
-    if (random() % 2048 == 0) world->tier->Clear();
     if (step % 1024 == 0) CHECK(world->tier->CheckIntegrity().empty());
   }
   --world->writers_left;
 }
 
+// One prompt's life, told in world->story: it grows block by block, and from time to time its end
+// or all of it is taken out of matching. A lease on its deepest block keeps eviction away, so
+// nothing but what is announced happens to it.
+class Keeper {
+ public:
+  explicit Keeper(World* world) : world_(world), tier_(*world->tier) {}
+  ~Keeper() {
+    if (lease_ != 0) CHECK(tier_.Release(lease_));
+  }
+
+  void Grow() {
+    const HostTier::Reserved got = tier_.Reserve(keys_, depth_, depth_ + 1);
+    if (got.slots.empty()) return;  // no room
+    world_->bytes[got.slots[0]] = Mix(keys_.At(depth_));
+    slots_[depth_] = got.slots[0];
+    generations_[depth_] = got.generations[0];
+    world_->story.Announce(depth_ + 1);
+    CHECK(tier_.Publish(&slots_[depth_], &generations_[depth_], &world_->bytes[got.slots[0]], 1) ==
+          1);
+    Hold(depth_ + 1);
+    world_->story.Announce(depth_);  // one less if it was evicted before it was held
+    world_->story.Confirm();
+    world_->reserved += 1;
+    world_->published += 1;
+  }
+  void Cut(uint32_t to) {
+    world_->story.Announce(to);
+    CHECK(tier_.Quarantine(slots_[to], generations_[to]) == depth_ - to);
+    world_->story.Confirm();
+    Hold(to);
+    CHECK(depth_ == to);
+  }
+  void Clear() {
+    world_->story.Announce(0);
+    tier_.Clear();
+    world_->story.Confirm();
+    Hold(0);
+  }
+  uint32_t depth() const { return depth_; }
+
+ private:
+  // Leases what is here of the first n blocks, then lets the old lease go.
+  void Hold(uint32_t n) {
+    const HostTier::Acquired got = tier_.Acquire(keys_, 0, n);
+    if (lease_ != 0) CHECK(tier_.Release(lease_));
+    lease_ = got.lease;
+    depth_ = static_cast<uint32_t>(got.n);
+  }
+
+  World* const world_;
+  HostTier& tier_;
+  const TestChain keys_{kKept, kDepth};
+  uint32_t depth_ = 0;
+  uint64_t lease_ = 0;
+  std::array<int32_t, kDepth> slots_ = {};
+  std::array<uint64_t, kDepth> generations_ = {};
+};
+
+void Keep(World* world, uint32_t seed) {
+  std::mt19937 random(seed);
+  Keeper keeper(world);
+  for (int step = 0; step < kKeeperSteps; ++step) {
+    for (int done; (done = world->turns.load()) < kTurnsAKeeperStep * (step - kLead);) {
+      world->turns.wait(done);
+    }
+    if (random() % 64 == 0) {
+      keeper.Clear();
+    } else if (keeper.depth() == kDepth || (keeper.depth() > 0 && random() % 16 == 0)) {
+      keeper.Cut(random() % keeper.depth());
+    } else {
+      keeper.Grow();
+    }
+    ++world->keeper_steps;
+    world->keeper_steps.notify_all();
+  }
+}
+
 void Read(World* world, uint32_t seed) {
   std::mt19937 random(seed);
-  uint64_t matched = 0;
+  const TestChain kept(kKept, kDepth);
+  uint64_t answers = 0;
+  uint64_t beside = 0;
   while (world->writers_left.load() > 0) {
-    const Forked keys(random() % kPrompts, kDepth);
-    const size_t n = world->tier->Match(keys, random() % (kDepth + 1));
-    CHECK(n <= kDepth);
-    matched += n;
-    (void)world->tier->Why(keys.At(random() % kDepth));
+    const size_t hint = random() % (kDepth + 1);
+    const uint32_t from = world->story.confirmed.load(std::memory_order_acquire);
+    uint32_t low = 0;
+    uint32_t high = kPublishedDepth;
+    switch (random() % 4) {
+      case 0: {  // I4: of a prompt of which nothing is told, only what was never published
+        CHECK(world->tier->Match(Forked(random() % kPrompts, kDepth), hint) <= high);
+        break;
+      }
+      case 1: {
+        const uint32_t depth = 1 + random() % kDepth;
+        const Fate fate = world->tier->Why(kept.At(depth - 1));
+        std::tie(low, high) = world->story.Range(from);
+        if (low >= depth) CHECK(fate == Fate::kPublished);
+        if (high < depth) CHECK(fate != Fate::kPublished);
+        break;
+      }
+      default: {
+        const size_t n = world->tier->Match(kept, hint);
+        std::tie(low, high) = world->story.Range(from);
+        CHECK(low <= n && n <= high);
+        beside += low != high;
+      }
+    }
+    ++answers;
   }
-  world->matched += matched;
+  world->answers += answers;
+  world->answers_beside_changes += beside;
 }
 
 void LeasedBytesHoldBesideWriters() {
@@ -216,16 +348,21 @@ void LeasedBytesHoldBesideWriters() {
     std::vector<std::thread> threads;
     for (int i = 0; i < kWriters; ++i) threads.emplace_back(WriteAndServe, &world, 10 + i);
     for (int i = 0; i < kReaders; ++i) threads.emplace_back(Read, &world, 20 + i);
+    threads.emplace_back(Keep, &world, 30);
     for (std::thread& thread : threads) thread.join();
     const HostTier::Stats stats = world.tier->GetStats();
     std::printf(
-        "%s: %llu blocks served, %llu matched, %llu evicted, %llu "
-        "quarantined\n",
+        "%s: %llu blocks served, %llu evicted, %llu quarantined, %llu answers, %llu while"
+        " the prompt changed\n",
         order.c_str(), static_cast<unsigned long long>(world.served),
-        static_cast<unsigned long long>(world.matched),
         static_cast<unsigned long long>(stats.evictions),
-        static_cast<unsigned long long>(stats.quarantined));
-    CHECK(world.served > 0 && stats.evictions > 0 && stats.quarantined > 0);
+        static_cast<unsigned long long>(stats.quarantined),
+        static_cast<unsigned long long>(world.answers),
+        static_cast<unsigned long long>(world.answers_beside_changes));
+    CHECK(world.served > 0 && stats.evictions > 0 && stats.quarantined > 0 && stats.cleared > 0);
+    CHECK(world.answers > 0);
+    // Each reserved slot ended once, as its writer was told.
+    CHECK(stats.inserts == world.published && stats.abandoned == world.reserved - world.published);
     CHECK(world.tier->CheckIntegrity().empty());
     // Every lease ended and every writer reported: nothing may be left in between.
     CHECK(stats.leases == 0 && stats.leased == 0 && stats.pending == 0);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <random>
 #include <thread>
@@ -17,6 +18,7 @@
 #include "index/prefix_index.h"
 #include "index/probe.h"
 #include "keys.h"
+#include "story.h"
 
 namespace kvmem {
 
@@ -40,38 +42,12 @@ constexpr uint32_t kSlots = 400;  // less than half of what the prompts would ta
 constexpr uint32_t kSteps = 400'000;
 constexpr int kReaders = 3;
 
-// What a prompt's published depth was, step by step. The writer announces a depth before it acts
-// and confirms it after, so inside a call that saw `confirmed` = b and `announced` = e at its ends
-// the depth was one of entries b-1 .. e-1.
-struct Story {
-  std::vector<std::atomic<uint32_t>> depth = std::vector<std::atomic<uint32_t>>(kSteps + 2);
-  std::atomic<uint32_t> announced{1};
-  std::atomic<uint32_t> confirmed{1};
-
-  void Announce(uint32_t value) {
-    const uint32_t at = announced.load(std::memory_order_relaxed);
-    depth[at].store(value, std::memory_order_relaxed);
-    announced.store(at + 1, std::memory_order_release);
-  }
-  void Confirm() {
-    confirmed.store(announced.load(std::memory_order_relaxed), std::memory_order_release);
-  }
-  // The lowest and highest depth since `from`.
-  std::pair<uint32_t, uint32_t> Range(uint32_t from) const {
-    const uint32_t to = announced.load(std::memory_order_acquire);
-    uint32_t low = kDepth;
-    uint32_t high = 0;
-    for (uint32_t i = from - 1; i < to; ++i) {
-      low = std::min(low, depth[i].load(std::memory_order_relaxed));
-      high = std::max(high, depth[i].load(std::memory_order_relaxed));
-    }
-    return {low, high};
-  }
-};
-
 struct World {
+  World() {
+    for (uint32_t i = 0; i < kPrompts; ++i) stories.emplace_back(kSteps + 1);
+  }
   PrefixIndex index{kSlots};
-  std::vector<Story> stories = std::vector<Story>(kPrompts);
+  std::deque<Story> stories;
   std::atomic<bool> done{false};
   std::atomic<uint64_t> answers{0};
   std::atomic<uint64_t> answers_beside_changes{0};
