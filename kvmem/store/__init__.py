@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from kvmem.store.arena import Arena, LiveArena, list_live, sweep
+from kvmem.store.capacity import check_room
 
-__all__ = ["Arena", "LiveArena", "list_live", "sweep"]
+__all__ = ["Arena", "LiveArena", "check_room", "list_live", "sweep"]

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvmem.errors import ArenaError, ArenaInUse, CapacityError, ConfigError
-from kvmem.store.capacity import free_memory_bytes
+from kvmem.errors import ArenaError, ArenaInUse, ConfigError
+from kvmem.store.capacity import check_room, too_little_shm
 from kvmem.store.layout import DESCRIPTOR_BYTES, HEADER_BYTES, STATS_BYTES, Header, Stats
 
 __all__ = ["Arena", "LiveArena", "list_live", "sweep"]
@@ -135,7 +135,7 @@ class Arena:
             label=label,
         )
         _refuse_a_live_one(path)
-        _check_room(header.total_bytes)
+        check_room(header.total_bytes)
         _check_shape(header)
         fd = _open_nameless()
         try:
@@ -414,7 +414,7 @@ def _reserve(fd: int, n_bytes: int) -> None:
         os.posix_fallocate(fd, 0, n_bytes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-            raise _too_large(n_bytes, "shared memory", _shm_free()) from error
+            raise too_little_shm(n_bytes) from error
         raise
 
 
@@ -424,28 +424,6 @@ def _check_shape(header: Header) -> None:
         raise ValueError(f"{header.n_slots} slots of {header.slot_bytes} bytes are no arena")
     if len(header.namespace) != 32 or not 0 <= header.group < 2**32:
         raise ValueError("an arena needs a namespace of 32 bytes and a group of 32 bits")
-
-
-def _check_room(n_bytes: int) -> None:
-    for what, free in (("shared memory", _shm_free()), ("memory", free_memory_bytes())):
-        if n_bytes > free:
-            raise _too_large(n_bytes, what, free)
-
-
-def _too_large(n_bytes: int, what: str, free: int) -> CapacityError:
-    return CapacityError(
-        f"kvmem's setting 'host_gb' asks for {n_bytes / 2**30:.2f} GiB of {what}, "
-        f"{free / 2**30:.2f} GiB are free",
-        next_step="Lower host_gb, or make room in /dev/shm (`mount -o remount,size=...`).",
-        setting="host_gb",
-        asked_bytes=n_bytes,
-        free_bytes=free,
-    )
-
-
-def _shm_free() -> int:
-    space = os.statvfs(FOLDER)
-    return space.f_bavail * space.f_frsize
 
 
 def _start_time(pid: int) -> int:

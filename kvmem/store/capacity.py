@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 
-from kvmem.errors import ArenaError
+from kvmem.errors import ArenaError, CapacityError
 
-__all__ = ["free_memory_bytes"]
+__all__ = ["check_room", "free_memory_bytes", "too_little_shm"]
+
+_SHM = Path("/dev/shm")
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 # Limit, use, the line of memory.stat that counts page cache given back on demand; where it lies.
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def check_room(n_bytes: int) -> None:
+    """Refuses a host tier that this machine cannot hold at this moment.
+
+    Raises:
+        CapacityError: naming the setting 'host_gb', with `asked_bytes` and `free_bytes`.
+    """
+    if n_bytes > _free_shm_bytes():
+        raise too_little_shm(n_bytes)
+    free = free_memory_bytes()
+    if n_bytes > free:
+        raise _too_large(n_bytes, "memory", free, "Lower host_gb.")
+
+
+def too_little_shm(n_bytes: int) -> CapacityError:
+    """The error for a host tier of `n_bytes` for which /dev/shm has no room."""
+    next_step = "Lower host_gb, or enlarge /dev/shm (`mount -o remount,size=...`, `--shm-size`)."
+    return _too_large(n_bytes, "shared memory in /dev/shm", _free_shm_bytes(), next_step)
+
+
+def _too_large(n_bytes: int, what: str, free: int, next_step: str) -> CapacityError:
+    return CapacityError(
+        f"kvmem's setting 'host_gb' asks for {n_bytes / 2**30:.2f} GiB of {what}, "
+        f"{free / 2**30:.2f} GiB are free",
+        next_step=next_step,
+        setting="host_gb",
+        asked_bytes=n_bytes,
+        free_bytes=free,
+    )
+
+
+def _free_shm_bytes() -> int:
+    try:
+        space = os.statvfs(_SHM)
+    except FileNotFoundError:
+        return 0
+    return space.f_bavail * space.f_frsize
 
 
 def free_memory_bytes(*, proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from kvmem.errors import ArenaError
-from kvmem.store.capacity import free_memory_bytes
+from kvmem.errors import ArenaError, CapacityError
+from kvmem.store import capacity
+from kvmem.store.capacity import check_room, free_memory_bytes
 
 GIB = 2**30
 
@@ -83,3 +85,29 @@ def test_a_kernel_that_tells_nothing_is_refused(tmp_path: Path) -> None:
     (places[0] / "meminfo").write_text("MemTotal: 1 kB\n")
     with pytest.raises(ArenaError, match="MemAvailable"):
         free(places)
+
+
+@pytest.mark.parametrize(
+    ("shm_gib", "memory_gib", "short_of"), [(2, 9, "shared memory"), (9, 2, "memory")]
+)
+def test_a_budget_above_either_is_refused_with_both_figures(
+    monkeypatch: pytest.MonkeyPatch, shm_gib: int, memory_gib: int, short_of: str
+) -> None:
+    monkeypatch.setattr(capacity, "_free_shm_bytes", lambda: shm_gib * GIB)
+    monkeypatch.setattr(capacity, "free_memory_bytes", lambda: memory_gib * GIB)
+    check_room(2 * GIB)
+    with pytest.raises(
+        CapacityError, match=f"'host_gb' .* 3.00 GiB of {short_of}.* Lower"
+    ) as error:
+        check_room(3 * GIB)
+    assert (error.value.asked_bytes, error.value.free_bytes) == (3 * GIB, 2 * GIB)
+
+
+def test_without_shared_memory_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "_SHM", Path("/dev/shm/no/such/folder"))
+    with pytest.raises(CapacityError, match="/dev/shm"):
+        check_room(1)
+
+
+def test_this_machine_tells_its_free_memory() -> None:
+    assert 1 << 20 < free_memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
