@@ -23,7 +23,7 @@ from kvmem import cli
 from kvmem.cli import live
 from kvmem.config import describe
 from kvmem.engines.vllm import launch
-from kvmem.store.arena import Arena
+from kvmem.store import Arena, capacity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,7 +120,7 @@ def served(ran: Ran) -> list[str]:
 
 def test_dry_run_prints_the_whole_command_line(kvmem: Callable[..., Ran], checkpoint: str) -> None:
     command = served(kvmem("serve", checkpoint, "--dry-run"))
-    assert command[:5] == [sys.executable, "-m", launch.SERVER_MODULE, "--model", checkpoint]
+    assert command[:5] == [sys.executable, "-m", launch.FRONT_MODULE, "--model", checkpoint]
     assert json.loads(command[command.index("--kv-transfer-config") + 1]) == {
         "kv_connector": "KvmemConnector",
         "kv_connector_module_path": "kvmem.engines.vllm.connector",
@@ -237,6 +237,15 @@ def test_missing_model_folder_is_refused(kvmem: Callable[..., Ran], model: str) 
     assert_refused(kvmem("serve", model), "no model folder", model)
 
 
+@pytest.mark.parametrize("model", ["models/x", "models"])
+def test_mistyped_path_is_not_taken_for_a_name_on_the_hub(
+    kvmem: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert_refused(kvmem("serve", model), model, "Check the path" if "/" in model else "config")
+
+
 def test_folder_without_a_config_is_refused(kvmem: Callable[..., Ran], tmp_path: Path) -> None:
     assert_refused(kvmem("serve", str(tmp_path)), "config.json", str(tmp_path))
 
@@ -253,22 +262,16 @@ def test_name_on_the_hub_is_left_to_vllm(kvmem: Callable[..., Ran]) -> None:
 
 def test_budget_beyond_shared_memory_is_refused(kvmem: Callable[..., Ran], checkpoint: str) -> None:
     ran = kvmem("serve", checkpoint, "--kvmem-host-gb", "1000000")
-    assert_refused(ran, "'host_gb'", "1e+06 GiB of shared memory", "/dev/shm")
+    assert_refused(ran, "'host_gb'", "1000000.00 GiB of shared memory", "enlarge /dev/shm")
 
 
 def test_budget_beyond_memory_is_refused(
     kvmem: Callable[..., Ran], checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_shm_free_bytes", lambda: 1 << 40)
-    monkeypatch.setattr(launch, "_memory_free_bytes", lambda: 3 << 30)
+    monkeypatch.setattr(capacity, "_free_shm_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 3 << 30)
     ran = kvmem("serve", checkpoint, "--kvmem-host-gb", "3.5")
-    assert_refused(ran, "'host_gb'", "3.5 GiB of memory", "3.0 GiB are free")
-
-
-def test_machine_tells_its_free_memory() -> None:
-    told = launch._memory_free_bytes()
-    assert told is not None
-    assert 1 << 20 < told <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert_refused(ran, "'host_gb'", "3.50 GiB of memory", "3.00 GiB are free", "Lower host_gb")
 
 
 @pytest.mark.parametrize("version", ["0.28.1", "0.34.0", "1.0", "unreadable"])
@@ -285,6 +288,14 @@ def test_absent_engine_is_told_as_such(
     monkeypatch.undo()
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     assert_refused(kvmem("serve", checkpoint), "no vLLM", "0.29 to 0.33")
+
+
+def test_arena_of_a_live_engine_is_refused_before_vllm_starts(
+    kvmem: Callable[..., Ran], checkpoint: str, engine: Arena
+) -> None:
+    name = engine.path.name.split("-", 2)[2]
+    ran = kvmem("serve", checkpoint, "--kvmem-arena", name)
+    assert_refused(ran, "'arena'", name, str(os.getpid()), "another name")
 
 
 def test_nothing_is_left_by_a_refused_start(checkpoint: str, arena_name: str) -> None:
@@ -464,6 +475,18 @@ def test_demo_refuses_an_output_that_is_a_file(kvmem: Callable[..., Ran], tmp_pa
     file = tmp_path / "taken"
     file.touch()
     assert_refused(kvmem("demo", "--output", str(file)), "--output", str(file))
+
+
+@pytest.mark.parametrize(("equal", "code"), [(True, 0), (False, 1)])
+def test_demo_says_by_its_exit_code_whether_the_outputs_were_equal(
+    kvmem: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, equal: bool, code: int
+) -> None:
+    from kvmem.demo import run
+
+    monkeypatch.setattr(run, "run", lambda output, *, quick: equal)
+    ran = kvmem("demo")
+    assert ran.code == code
+    assert ("outputs differ" in ran.err) is not equal
 
 
 def test_demo_without_its_package_says_how_to_get_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,29 @@ def test_the_plain_engine_is_served() -> None:
 def test_what_is_not_served_names_its_flag(change: str, value: Any, flag: str) -> None:
     with pytest.raises(UnsupportedEngine, match=flag):
         support.check_engine(engine_config(**{change: value}))
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "flag"),
+    [
+        ("tensor_parallel_size", 2, "--tensor-parallel-size"),
+        ("pipeline_parallel_size", 2, "--pipeline-parallel-size"),
+        ("data_parallel_size", 2, "--data-parallel-size"),
+        ("enable_lora", True, "--enable-lora"),
+        ("speculative_config", {"method": "ngram"}, "--speculative-config"),
+        ("prefix_caching_hash_algo", "xxhash", "--prefix-caching-hash-algo"),
+    ],
+)
+def test_what_is_not_served_is_seen_in_the_flags_too(change: str, value: Any, flag: str) -> None:
+    plain = {
+        "tensor_parallel_size": 1,
+        "enable_lora": False,
+        "speculative_config": None,
+        "prefix_caching_hash_algo": "sha256",
+    }
+    support.check_flags(Namespace(**plain))
+    with pytest.raises(UnsupportedEngine, match=flag):
+        support.check_flags(Namespace(**{**plain, change: value}))
 
 
 @pytest.mark.parametrize("version", ["0.28.1", "0.34.0", "1.0", "dev", ""])

