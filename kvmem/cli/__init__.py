@@ -22,6 +22,7 @@ from kvmem.errors import KVMemError
 __all__ = ["app", "main"]
 
 NO_ENGINE = 1
+OUTPUTS_DIFFER = 1
 BAD_INPUT = 2
 OUR_PREFIX = "--kvmem-"
 PANEL = "kvmem's settings"
@@ -70,11 +71,14 @@ def demo(
     with too little device memory to hold them all. You get one table (waiting times, tokens
     computed and reused, whether the outputs are equal) and a picture of who waited for what.
 
-    The model is made once from an installed package: 273 MB in ~/.cache/kvmem.
+    The model is made once from an installed package: 273 MB in ~/.cache/kvmem. Exit code 1 when
+    a reply with kvmem differs from the one without it.
     """
     from kvmem.demo.run import run
 
-    run(output, quick=quick)
+    if not run(output, quick=quick):
+        typer.echo("kvmem: the outputs differ; the table above says which first.", err=True)
+        raise typer.Exit(OUTPUTS_DIFFER)
 
 
 def _serve(
@@ -97,7 +101,8 @@ def _serve(
     [bold]--port 8001 --max-model-len 8192[/bold]. The server listens on 127.0.0.1 unless you
     give --host, and then it wants --api-key too.
 
-    Settings are checked before anything starts. `kvmem stats` shows what the server reuses.
+    Settings are checked before anything starts. Exit code 2 and a last line that says why when
+    there is nothing to serve. `kvmem stats` shows what the server reuses.
     """
     from kvmem.engines.vllm import launch
 

@@ -23,7 +23,7 @@ from kvmem.demo.server import Server
 from kvmem.demo.team import Script, full_script, quick_script
 from kvmem.engines.vllm import launch, support
 from kvmem.errors import ConfigError
-from kvmem.store.arena import Arena, sweep
+from kvmem.store import Arena, check_room, sweep
 
 __all__ = ["Size", "run"]
 
@@ -42,8 +42,10 @@ class Size(msgspec.Struct, frozen=True):
     host_gb: float
 
 
-def run(output: Path, *, quick: bool) -> None:
+def run(output: Path, *, quick: bool) -> bool:
     """Plays both arms, prints the table, and writes the picture and the figures to `output`.
+
+    The answer is whether every reply was the same in both arms.
 
     Raises:
         KVMemError: something that the demo needs is missing, or a server failed.
@@ -51,7 +53,7 @@ def run(output: Path, *, quick: bool) -> None:
     console = Console()
     _check_needs()
     size = _quick() if quick else _full()
-    launch.check_room(int(size.host_gb * 2**30))
+    check_room(int(size.host_gb * 2**30))
     _make_folder(output)
     with _ended_by_signals(), Narrator(console) as narrator:
         narrator.stage(f"model: {demo_model.NAME}, {demo_model.SIZE_BYTES / 1e6:.0f} MB")
@@ -64,6 +66,8 @@ def run(output: Path, *, quick: bool) -> None:
     paths.append(_write_figures(output, alone, together))
     for path in paths:
         console.print(f"  {path}", soft_wrap=True, highlight=False)
+    equality = report.compare(alone.turns, together.turns)
+    return equality.equal == equality.turns
 
 
 def _full() -> Size:
