@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from kvmem.errors import ArenaError
 from kvmem.store.arena import Arena, list_live
 
 __all__ = ["Page", "pages", "render", "show"]
@@ -66,10 +67,16 @@ def pages() -> list[Page]:
     found = []
     for live in list_live():
         path = live.path
-        raw = Arena.read_stats(path)
+        try:
+            raw = Arena.read_stats(path)
+        except (ArenaError, FileNotFoundError):
+            continue  # it ended since it was listed
         if raw is None:
             continue  # it has not written yet, or wrote while we read
-        page = msgspec.msgpack.decode(raw, type=Page)
+        try:
+            page = msgspec.msgpack.decode(raw, type=Page)
+        except msgspec.DecodeError:
+            continue  # of another version of kvmem, whose own command reads it
         found.append(msgspec.structs.replace(page, arena=path.name))
     return sorted(found, key=lambda page: page.pid)
 

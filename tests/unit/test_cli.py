@@ -446,6 +446,24 @@ def test_no_engine_is_one_clear_line_and_exit_code_1(
     assert ran.err == "kvmem: no engine with kvmem is running. Start one: kvmem serve MODEL\n"
 
 
+def test_an_engine_of_another_version_or_gone_by_now_hides_no_other(
+    engine: Arena, new_arena_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.write_stats(msgspec.msgpack.encode(page()))
+    other = Arena.create(new_arena_name(), n_slots=4, slot_bytes=64, namespace=bytes(32), group=0)
+    other.write_stats(msgspec.msgpack.encode({"pages": "of another shape"}))
+    gone = live.list_live()
+    other.close(unlink=True)
+    assert len(gone) >= 2
+    monkeypatch.setattr(live, "list_live", lambda: gone)
+    assert [p.pid for p in mine(engine)] == [4711]
+    again = Arena.create(new_arena_name(), n_slots=4, slot_bytes=64, namespace=bytes(32), group=0)
+    again.write_stats(b"\xc1 is no msgpack")
+    monkeypatch.undo()
+    assert [p.pid for p in mine(engine)] == [4711]
+    again.close(unlink=True)
+
+
 def test_watch_refreshes_until_interrupted(engine: Arena) -> None:
     engine.write_stats(msgspec.msgpack.encode(page()))
     command = [sys.executable, "-m", "kvmem.cli", "stats", "--watch", "--json", "--interval", "0.1"]
