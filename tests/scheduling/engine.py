@@ -1,0 +1,529 @@
+"""vLLM's own schedulers and both halves of the connector around a forward without a model.
+
+`Engine.step()` is what EngineCore does in one turn of its loop: `step`, or, with asynchronous
+scheduling, `step_with_batch_queue` (vllm/v1/engine/core.py), where the next step is scheduled
+before the last one's output is taken in. A scheduled step runs at once (`eager`) or only when its
+output is waited for; a real executor does either. Loads run on a stand-in for the worker's thread,
+in the test's hands: held, they are in flight for certain.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvmem.store.layout import DATA_ALIGN, DESCRIPTOR_BYTES, SLOT_ALIGN, slots_within
+from tests.scheduling.forward import (
+    BLOCK,
+    CELL_BYTES,
+    HASH_BYTES,
+    Forward,
+    WrongKVError,
+    digests,
+    kv_of,
+    reply,
+)
+
+__all__ = ["MAX_TOKENS", "STOP", "Engine", "InjectedError", "Loads", "make_config", "running"]
+
+LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+N_DEVICE = 19  # one of them is vLLM's null block
+N_HOST = 20
+MAX_TOKENS = 256
+STOP = 1003  # one of the tokens that the forward samples
+DRAIN_STEPS = 3000
+
+Hook = tuple[str, str]
+
+
+class InjectedError(Exception):
+    """What a hook that a test breaks raises."""
+
+
+def make_config(folder: Path) -> Any:
+    """vLLM's configuration for a model that has a shape and no weights."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": len(LAYERS),
+        "vocab_size": 2048,
+        "max_position_embeddings": 512,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    return EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        block_size=BLOCK,
+        max_model_len=MAX_TOKENS,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        enforce_eager=True,
+        kv_transfer_config={
+            "kv_connector": "KvmemConnector",
+            "kv_connector_module_path": "kvmem.engines.vllm.connector",
+            "kv_role": "kv_both",
+        },
+    ).create_engine_config()
+
+
+def host_gb_of(n_slots: int) -> float:
+    """The setting that makes room for exactly so many blocks."""
+    slot_bytes = BLOCK * CELL_BYTES * len(LAYERS)
+    each = -(-slot_bytes // SLOT_ALIGN) * SLOT_ALIGN + DESCRIPTOR_BYTES
+    n_bytes = 2 * DATA_ALIGN
+    n_bytes += (n_slots - slots_within(n_bytes, slot_bytes)) * each
+    assert slots_within(n_bytes, slot_bytes) == n_slots
+    return n_bytes / 2**30
+
+
+class Loads:
+    """Stands for the thread that loads: what is submitted runs at once, or when told."""
+
+    def __init__(self) -> None:
+        self.hold = False
+        self.held: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+
+    def submit(self, do: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        self.held.append((future, do, args))
+        if not self.hold:
+            self.run()
+        return future
+
+    def run(self, n: int | None = None) -> None:
+        """The thread ends its next `n` loads, or all."""
+        for _ in range(len(self.held) if n is None else min(n, len(self.held))):
+            future, do, args = self.held.popleft()
+            try:
+                future.set_result(do(*args))
+            except Exception as error:
+                future.set_exception(error)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.held.clear()
+
+
+class Turn(dict):
+    """A finished request: tokens, finish_reason, receipt, stats, as the front end gets them."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Engine:
+    """See the module. `config` is of `make_config`; one engine at a time may use it."""
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        asynchronous: bool,
+        arena: str,
+        n_host: int = N_HOST,
+        thread: bool = False,
+        **settings: Any,
+    ) -> None:
+        import torch
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+        from vllm.utils.hashing import get_hash_fn_by_name
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        self.asynchronous = asynchronous
+        config.scheduler_config.async_scheduling = asynchronous  # the platform turns it off
+        config.cache_config.num_gpu_blocks = N_DEVICE
+        config.kv_transfer_config.kv_connector_extra_config = {
+            "host_gb": host_gb_of(n_host),
+            "weights_digest": "0" * 64,
+            "arena": arena,
+            **settings,
+        }
+        spec = FullAttentionSpec(
+            block_size=BLOCK, num_kv_heads=1, head_size=CELL_BYTES // 4, dtype=torch.bfloat16
+        )
+        assert spec.page_size_bytes == BLOCK * CELL_BYTES
+        kv = KVCacheConfig(
+            num_blocks=N_DEVICE,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(LAYERS, spec)],
+        )
+        scheduler = config.scheduler_config.get_scheduler_cls()
+        assert scheduler.__name__ == ("AsyncScheduler" if asynchronous else "Scheduler")
+        self.scheduler = scheduler(
+            vllm_config=config,
+            kv_cache_config=kv,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK,
+            hash_block_size=BLOCK,
+            log_stats=True,
+        )
+        self.worker = KVConnectorFactory.create_connector(
+            config=config, role=KVConnectorRole.WORKER, kv_cache_config=kv
+        )
+        caches = {
+            name: torch.zeros((N_DEVICE, BLOCK, CELL_BYTES), dtype=torch.uint8) for name in LAYERS
+        }
+        self.worker.register_kv_caches(caches)
+        self.loads = Loads()
+        if not thread:
+            self.worker.worker._pool.shutdown()
+            self.worker.worker._pool = self.loads
+            self._surrender_ends()
+        self.forward = Forward([c.numpy() for c in caches.values()], asynchronous=asynchronous)
+        hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+        init_none_hash(hash_fn)
+        self._hasher = get_request_block_hasher(BLOCK, hash_fn)
+        self.queue: deque[list[Any]] = deque()  # [output, its result or None], oldest first
+        self.eager = True
+        self.check_stores = True
+        self.faulted = False
+        self.turns: dict[str, Turn] = {}
+        self.kept: list[str] = []  # requests whose blocks were kept for one more copy
+        self.preemptions = 0
+        self._wanted: dict[str, list[int]] = {}
+        self.meanwhile: list[Callable[[], Any]] = []  # done while the next step is under way
+        self._broken: list[Callable[[], None]] = []
+        self._contents: dict[bytes, list[bytes]] = {}  # by block key
+        self._ordered: dict[int, Any] = {}  # stores by the orders' number
+        self._numbers = itertools.count()
+
+    def _surrender_ends(self) -> None:
+        """`surrender` waits for the loads under way; the thread would end them meanwhile."""
+        half = self.worker.worker
+        real = half.surrender
+
+        def surrender() -> Any:
+            self.loads.run()
+            return real()
+
+        half.surrender = surrender
+
+    @property
+    def half(self) -> Any:
+        return self.scheduler.connector.scheduler
+
+    @property
+    def pool(self) -> Any:
+        return self.scheduler.kv_cache_manager.block_pool
+
+    # -- what a client does ------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: list[int],
+        n_tokens: int = 1,
+        *,
+        kvmem: dict[str, bool] | None = None,
+        salt: str | None = None,
+        stop: bool = False,
+        skip_reading: bool | None = None,
+    ) -> str:
+        """A new request; the answer is its id."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        assert len(prompt) + n_tokens <= MAX_TOKENS
+        sampling = SamplingParams(
+            max_tokens=n_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            stop_token_ids=[STOP] if stop else None,
+            skip_reading_prefix_cache=skip_reading,
+            extra_args={"kv_transfer_params": {"kvmem": kvmem}} if kvmem is not None else None,
+        )
+        sampling.update_from_generation_config({}, None)
+        request = Request(
+            request_id=f"r{next(self._numbers)}",
+            prompt_token_ids=list(prompt),
+            sampling_params=sampling,
+            pooling_params=None,
+            cache_salt=salt,
+            block_hasher=self._hasher,
+        )
+        i = request.request_id
+        self.turns[i] = Turn(
+            prompt=list(prompt), salt=salt, tokens=[], finish_reason=None, receipt=None, stats=None
+        )
+        self._wanted[i] = reply(prompt, n_tokens, salt, STOP if stop else None)
+        self.forward.salts[i] = salt
+        self.scheduler.add_request(request)
+        return i
+
+    def abort(self, request_id: str) -> None:
+        """The client has gone."""
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ABORTED)
+
+    def live(self) -> list[str]:
+        """Requests that have not ended."""
+        return [i for i, r in self.scheduler.requests.items() if not r.is_finished()]
+
+    def generate(self, prompt: list[int], n_tokens: int = 1, **options: Any) -> Turn:
+        """One request to its end; then the engine holds nothing of it."""
+        i = self.add(prompt, n_tokens, **options)
+        self.drain()
+        return self.turns[i]
+
+    def forget_device(self) -> bool:
+        """Empties the engine's own prefix cache and nothing else."""
+        return bool(self.scheduler.reset_prefix_cache(reset_connector=False))
+
+    def reset_connector(self) -> bool:
+        """As after a change of weights: what was stored must not answer any more."""
+        done = bool(self.scheduler.reset_connector_cache())
+        if done:
+            self.forward.epoch += 1
+        return done
+
+    # -- what the engine core does -----------------------------------------------------------
+
+    def step(self) -> bool:
+        """One turn of the core's loop; False when there was nothing to do."""
+        scheduled = None
+        if self.scheduler.has_requests():
+            scheduled = self._schedule()
+            self.queue.append([scheduled, None])
+            if self.eager:
+                for entry in self.queue:
+                    self._execute(entry)
+            more = scheduled.total_num_scheduled_tokens > 0 or self.scheduler.has_requests()
+            if self.asynchronous and len(self.queue) < 2 and more:
+                return True
+        elif not self.queue:
+            return False
+        self.step_out()
+        return True
+
+    def step_out(self) -> None:
+        """Takes in the output of the oldest step under way."""
+        entry = self.queue.popleft()
+        self._execute(entry)
+        while self.meanwhile:
+            self.meanwhile.pop(0)()
+        output, result = entry
+        self._take(output, self.scheduler.update_from_output(output, result))
+
+    def step_until(self, reached: Callable[[], Any]) -> None:
+        """Steps until something has come about; it must."""
+        for _ in range(DRAIN_STEPS):
+            if reached():
+                return
+            assert self.step(), "there is nothing more to do"
+        raise AssertionError("it does not come about")
+
+    def drain(self) -> None:
+        """Steps until all requests have ended and nothing of them is held; loads run."""
+        self.loads.hold = False
+        self.loads.run()
+        for _ in range(DRAIN_STEPS):
+            if not self.step():
+                return
+        raise AssertionError(f"requests are stuck: {self.live()}, {self.scheduler.requests}")
+
+    def _schedule(self) -> Any:
+        output = self.scheduler.schedule()
+        self.preemptions += len(output.preempted_req_ids or ())
+        orders = output.kv_connector_metadata
+        self.kept += orders.finished
+        for load in orders.loads:
+            self.forward.promised[load.request_id] = (self.forward.epoch, load.block_ids.tolist())
+        return output
+
+    def _execute(self, entry: list[Any]) -> None:
+        """What vLLM's model runner does around a forward, in its order
+        (vllm/v1/worker/kv_connector_model_runner_mixin.py)."""
+        from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+        output, result = entry
+        if result is not None:
+            return
+        worker, orders = self.worker, pickle.loads(pickle.dumps(output.kv_connector_metadata))
+        worker.handle_preemptions(orders)
+        worker.bind_connector_metadata(orders)
+        sampled = self.forward.run(output)
+        worker.start_load_kv(None)
+        worker.wait_for_save()
+        moved = worker.get_transfer_results(output.finished_req_ids)
+        acks = worker.build_connector_worker_meta()
+        self._check_stored(orders, acks)
+        transferred = KVConnectorOutput(
+            finished_sending=moved.finished_sending,
+            finished_recving=moved.finished_recving,
+            failed_recving=moved.failed_recving,
+            invalid_block_ids=worker.get_block_ids_with_load_errors(),
+            kv_connector_worker_meta=pickle.loads(pickle.dumps(acks)),
+        )
+        worker.clear_connector_metadata()
+        ids = list(sampled)
+        entry[1] = ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={i: at for at, i in enumerate(ids)},
+            sampled_token_ids=[sampled[i] for i in ids],
+            kv_connector_output=transferred,
+        )
+
+    def _take(self, output: Any, answers: Any) -> None:
+        for answer in (a for outputs in answers.values() for a in outputs.outputs):
+            turn, i = self.turns[answer.request_id], answer.request_id
+            turn["tokens"] += answer.new_token_ids
+            wanted = self._wanted[i]
+            assert turn.tokens == wanted[: len(turn.tokens)], f"{i} answered something else"
+            if answer.prefill_stats is not None:
+                turn["stats"] = answer.prefill_stats
+            if answer.finish_reason is not None:
+                assert turn.tokens == wanted, f"{i} ended early: {answer.finish_reason}"
+                turn["finish_reason"] = str(answer.finish_reason)
+                turn["receipt"] = (answer.kv_transfer_params or {}).get("kvmem")
+                self._check_receipt(i, turn)
+
+    # -- what must hold ----------------------------------------------------------------------
+
+    def _check_receipt(self, request_id: str, turn: Turn) -> None:
+        if self.faulted:  # a broken hook may have kept kvmem from counting
+            return
+        told = turn.receipt["tokens"]
+        assert told["prompt"] == len(turn.prompt)
+        assert told["prompt"] == told["device"] + told["host"] + told["computed"], told
+        start = self.forward.first_start[request_id]
+        assert told["device"] + told["host"] == start, (told, start)
+
+    def _check_stored(self, orders: Any, acks: Any) -> None:
+        """Slots that the worker's half calls written hold what their keys stand for."""
+        if not self.check_stores:
+            return
+        for request in self.scheduler.requests.values():
+            salt = self.turns[request.request_id].salt
+            for at, key in enumerate(request.block_hashes):
+                if bytes(key) not in self._contents:
+                    stop = (at + 1) * BLOCK
+                    chain = digests(request.all_token_ids[:stop], salt)
+                    self._contents[bytes(key)] = chain[-BLOCK:]
+        self._ordered[orders.sequence] = orders.stores
+        for done in acks.stores if acks is not None else ():
+            for store, status in zip(self._ordered[done.sequence], done.statuses, strict=True):
+                for at in np.flatnonzero(status == 0).tolist():
+                    self._check_slot(store, at)
+
+    def _check_slot(self, store: Any, at: int) -> None:
+        arena, slot = self.half.arena, int(store.slots[at])
+        data = np.frombuffer(arena.buffer, np.uint8, arena.slot_bytes, arena.data_of(slot))
+        found = data.reshape(len(LAYERS), BLOCK, CELL_BYTES)[:, :, :HASH_BYTES]
+        wanted = self._contents[store.keys[32 * at : 32 * at + 32]]
+        for layer in range(len(LAYERS)):
+            if (found[layer] != kv_of(wanted, layer)).any():
+                raise WrongKVError(
+                    f"{store.request_id}: slot {slot} was stored from block {store.block_ids[at]}, "
+                    "which does not hold its key's KV"
+                )
+
+    def check(self) -> None:
+        """What holds after every step."""
+        assert self.half.cache.check_integrity() == []
+
+    def assert_settled(self) -> None:
+        """Nothing is held of requests that are over, and the counts add up."""
+        stats = self.half.cache.stats()
+        assert (stats["pending"], stats["orphaned"], stats["leases"]) == (0, 0, 0), stats
+        assert stats["condemned"] == 0, stats
+        assert not self.half._seen
+        assert not self.half._outstanding
+        assert not self.loads.held
+        assert self.half.cache.check_integrity() == []
+        assert not self.scheduler.requests
+        assert self.pool.get_num_free_blocks() == N_DEVICE - 1
+        t = self.half.totals
+        assert t.prompt_tokens == t.tokens_hit_device + t.tokens_hit_host + t.tokens_computed
+        if not self.faulted:
+            assert t.requests == len(self.turns)
+            assert self.half.failures == 0, self.half.last_failure
+
+    # -- what a test breaks ------------------------------------------------------------------
+
+    def corrupt(self, slot: int, at: int = 5) -> None:
+        """Flips one bit of a slot's bytes, behind everybody's back."""
+        arena = self.half.arena
+        data = np.frombuffer(arena.buffer, np.uint8, arena.slot_bytes, arena.data_of(slot))
+        data[at] ^= 1
+
+    def slots_of(self, prompt: list[int], salt: str | None = None) -> list[int]:
+        """The slots that hold a prompt's published blocks."""
+        keys = self.keys_of(prompt, salt)
+        grant = self.half.cache.acquire("test", keys, start=0, limit=len(keys))
+        self.half.cache.release("test")
+        return grant.slots.tolist()
+
+    def keys_of(self, prompt: list[int], salt: str | None = None) -> list[bytes]:
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        return Request(
+            request_id="keys",
+            prompt_token_ids=list(prompt),
+            sampling_params=SamplingParams(max_tokens=1),
+            pooling_params=None,
+            cache_salt=salt,
+            block_hasher=self._hasher,
+        ).block_hashes
+
+    def target(self, where: str) -> Any:
+        """The part of kvmem that a hook's name begins with."""
+        return {"half": self.half, "worker": self.worker.worker, "cache": self.half.cache}[where]
+
+    def fail_once(self, hook: Hook, *, after: bool) -> Callable[[], bool]:
+        """The hook raises at its next call, before or after its work; the answer tells whether
+        it has."""
+        target, name = self.target(hook[0]), hook[1]
+        real, raised = getattr(target, name), False
+        self.faulted = True
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            nonlocal raised
+            raised = True
+            setattr(target, name, real)
+            if after:
+                real(*args, **kwargs)
+            raise InjectedError(name)
+
+        setattr(target, name, failing)
+        self._broken.append(lambda: setattr(target, name, real))
+        return lambda: raised
+
+    def mend(self) -> None:
+        """Hooks that were to fail and were not called work again."""
+        for mend in reversed(self._broken):
+            mend()
+        self._broken.clear()
+
+    def close(self) -> None:
+        self.worker.shutdown()
+        self.scheduler.shutdown()
+
+
+@contextmanager
+def running(config: Any, **options: Any) -> Iterator[Engine]:
+    """An engine that is closed at the end, whatever happens."""
+    engine = Engine(config, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()

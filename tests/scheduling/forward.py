@@ -1,0 +1,204 @@
+"""A forward without a model: it writes KV that can be told right from wrong, and reads it back.
+
+The KV of a position is a function of all tokens up to it, so a block that is wrong, stale,
+unfinished or mapped to another place does not hold what attention would need. The sampled token is
+a function of the same, so a reply is the same whatever was cached. Request state is kept as
+vLLM's runner does (vllm/v1/worker/gpu_model_runner.py, `_update_states`): block tables are the
+runner's own, and it knows its sampled tokens before the scheduler does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "BLOCK",
+    "CELL_BYTES",
+    "HASH_BYTES",
+    "Forward",
+    "WrongKVError",
+    "digests",
+    "kv_of",
+    "reply",
+]
+
+BLOCK = 16
+HASH_BYTES = 12
+CELL_BYTES = HASH_BYTES + 4  # the hash, and the oldest epoch that it was computed from
+FIRST_SAMPLED = 1000
+N_SAMPLED = 24
+
+
+class WrongKVError(AssertionError):
+    """Attention would read, or kvmem has stored, what does not belong there."""
+
+
+@functools.cache
+def _next(digest: bytes, token: int) -> bytes:
+    return hashlib.blake2b(digest + token.to_bytes(4, "little"), digest_size=HASH_BYTES).digest()
+
+
+def digests(tokens: Iterable[int], salt: str | None = None) -> list[bytes]:
+    """For each position, what the KV of all tokens up to it comes from."""
+    digest, found = hashlib.blake2b(repr(salt).encode(), digest_size=HASH_BYTES).digest(), []
+    for token in tokens:
+        digest = _next(digest, token)
+        found.append(digest)
+    return found
+
+
+def kv_of(positions: Sequence[bytes], layer: int) -> np.ndarray:
+    """[n, HASH_BYTES]: what a layer holds at these positions; layers differ."""
+    cells = np.frombuffer(b"".join(positions), np.uint8).reshape(-1, HASH_BYTES)
+    return cells ^ np.uint8(0x5A * layer)
+
+
+def _sampled(digest: bytes) -> int:
+    return FIRST_SAMPLED + int.from_bytes(digest[:4], "little") % N_SAMPLED
+
+
+def reply(
+    prompt: Sequence[int], n: int, salt: str | None = None, stop: int | None = None
+) -> list[int]:
+    """What every engine answers to this prompt: `n` tokens, or up to `stop`."""
+    digest, tokens = digests(prompt, salt)[-1], []
+    while len(tokens) < n and (not tokens or tokens[-1] != stop):
+        tokens.append(_sampled(digest))
+        digest = _next(digest, tokens[-1])
+    return tokens
+
+
+@dataclass
+class _Row:
+    """A request as the runner knows it."""
+
+    tokens: list[int]
+    n_prompt: int
+    blocks: list[int]
+    salt: str | None
+    start: int = 0
+    _digests: list[bytes] = field(default_factory=list)
+
+    def digests(self) -> list[bytes]:
+        if len(self._digests) > len(self.tokens):  # tokens of a step that was dropped
+            self._digests = []
+        if not self._digests:
+            self._digests = digests(self.tokens, self.salt)
+        while len(self._digests) < len(self.tokens):
+            self._digests.append(_next(self._digests[-1], self.tokens[len(self._digests)]))
+        return self._digests
+
+    def replace(self, tokens: list[int]) -> None:
+        self.tokens, self._digests = tokens, []
+
+
+class Forward:
+    """Runs steps over `caches`, [n_blocks, BLOCK, CELL_BYTES] bytes for each layer."""
+
+    def __init__(self, caches: list[np.ndarray], *, asynchronous: bool) -> None:
+        self.caches = caches
+        self.asynchronous = asynchronous
+        self.epoch = 1
+        self.salts: dict[str, str | None] = {}
+        self.first_start: dict[str, int] = {}  # where a request's first chunk began
+        self.promised: dict[str, tuple[int, list[int]]] = {}  # loads: oldest epoch, blocks
+        self.positions_read = 0
+        self._rows: dict[str, _Row] = {}
+
+    def run(self, output: Any) -> dict[str, list[int]]:
+        """The step's forward; what it sampled for each request.
+
+        Raises:
+            WrongKVError: attention would have read something else than was computed.
+        """
+        self._update(output)
+        rows = {i: self._rows[i] for i in output.num_scheduled_tokens}
+        for request_id, row in rows.items():
+            self._write(request_id, row, row.start + output.num_scheduled_tokens[request_id])
+        sampled = {}
+        for request_id, row in rows.items():  # as in a layer: all is written before it is read
+            stop = row.start + output.num_scheduled_tokens[request_id]
+            self._read(request_id, row, stop)
+            self._check_epoch(request_id, row)
+            sampled[request_id] = []
+            if stop == len(row.tokens):
+                sampled[request_id].append(_sampled(row.digests()[-1]))
+        for request_id, row in rows.items():
+            row.tokens += sampled[request_id]
+        return {i: list(tokens) for i, tokens in sampled.items()}
+
+    def _update(self, output: Any) -> None:
+        for request_id in output.finished_req_ids:
+            self._rows.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            tokens, i = list(new.prompt_token_ids), new.req_id
+            self._rows[i] = _Row(tokens, len(tokens), list(new.block_ids[0]), self.salts[i])
+            self._rows[i].start = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for at, request_id in enumerate(cached.req_ids):
+            row = self._rows[request_id]
+            row.start = cached.num_computed_tokens[at]
+            n_known = row.n_prompt + cached.num_output_tokens[at]
+            if n_known < len(row.tokens):  # in-flight output that the scheduler has dropped
+                row.replace(row.tokens[:n_known])
+            given = cached.all_token_ids.get(request_id)
+            if given is not None:
+                if self.asynchronous:
+                    row.replace(list(given))
+                assert row.tokens == list(given), f"{request_id}: the runner has other tokens"
+            new_blocks = cached.new_block_ids[at]
+            if request_id in cached.resumed_req_ids:
+                row.blocks = list(new_blocks[0])
+            elif new_blocks is not None:
+                row.blocks += new_blocks[0]
+
+    def _cells(self, row: _Row, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Device block and offset of positions [start, stop)."""
+        at = np.arange(start, stop)
+        return np.asarray(row.blocks, np.int64)[at // BLOCK], at % BLOCK
+
+    def _check_epoch(self, request_id: str, row: _Row) -> None:
+        """What was loaded was computed after the last reset before the load was granted."""
+        self.first_start.setdefault(request_id, row.start)
+        epoch, block_ids = self.promised.pop(request_id, (0, []))
+        for block in set(block_ids) & set(row.blocks[: row.start // BLOCK]):
+            for cache in self.caches:
+                oldest = int(_epochs(cache[block]).min())
+                if oldest < epoch:
+                    raise WrongKVError(
+                        f"{request_id}: block {block} was loaded after reset {epoch} and holds KV "
+                        f"of {oldest}"
+                    )
+
+    def _write(self, request_id: str, row: _Row, stop: int) -> None:
+        assert row.start < stop <= len(row.tokens), f"{request_id}: {row.start} {stop}"
+        chain = row.digests()[row.start : stop]
+        seen, written = self._cells(row, 0, row.start), self._cells(row, row.start, stop)
+        for layer, cache in enumerate(self.caches):
+            epochs = _epochs(cache[seen])
+            oldest = min(self.epoch, int(epochs.min())) if len(epochs) else self.epoch
+            cells = np.empty((stop - row.start, CELL_BYTES), np.uint8)
+            cells[:, :HASH_BYTES] = kv_of(chain, layer)
+            cells[:, HASH_BYTES:] = np.frombuffer(np.uint32(oldest).tobytes(), np.uint8)
+            cache[written] = cells
+
+    def _read(self, request_id: str, row: _Row, stop: int) -> None:
+        self.positions_read += stop
+        for layer, cache in enumerate(self.caches):
+            found = cache[self._cells(row, 0, stop)][:, :HASH_BYTES]
+            wrong = np.flatnonzero((found != kv_of(row.digests()[:stop], layer)).any(axis=1))
+            if len(wrong):
+                raise WrongKVError(
+                    f"{request_id} computes [{row.start}, {stop}): layer {layer} is wrong at "
+                    f"positions {wrong[:8].tolist()}.. ({len(wrong)}), blocks {row.blocks}"
+                )
+
+
+def _epochs(cells: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(cells[..., HASH_BYTES:]).view(np.uint32)

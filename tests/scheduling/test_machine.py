@@ -1,0 +1,230 @@
+"""Any order of requests, steps, aborts, resets, broken blocks and broken hooks.
+
+The forward looks at every position that attention would read, after every step; here is what else
+must hold, and that the machine got to where things go wrong.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.scheduling.engine import MAX_TOKENS, Engine
+
+pytestmark = pytest.mark.engine
+
+
+def _segment(name: int, n_tokens: int) -> list[int]:
+    return [1 + (name * 131 + i * 7) % 900 for i in range(n_tokens)]
+
+
+# A small tree: two roots, each with branches that part inside a block and at its edge.
+_ROOTS = [_segment(0, 48), _segment(1, 21)]
+_BRANCHES = [_segment(2, 16), _segment(3, 35), _segment(4, 5)]
+PROMPTS = [
+    *_ROOTS,
+    *[root + branch for root in _ROOTS for branch in _BRANCHES],
+    _ROOTS[0] + _BRANCHES[0] + _BRANCHES[1],
+    _ROOTS[0] + _BRANCHES[1] + _BRANCHES[0],
+]
+HOOKS = [
+    ("half", "on_new_request"),
+    ("half", "match"),
+    ("half", "allocated"),
+    ("half", "orders"),
+    ("half", "acknowledged"),
+    ("half", "received"),
+    ("half", "finished"),
+    ("half", "write_stats"),
+    ("worker", "begin"),
+    ("worker", "store"),
+    ("worker", "results"),
+    ("worker", "failed_blocks"),
+    ("worker", "acks"),
+    ("worker", "_load"),
+    ("cache", "publish"),
+]
+
+
+class StepsMachine(RuleBasedStateMachine):
+    config: ClassVar[Any]
+    asynchronous: ClassVar[bool]
+    new_arena_name: ClassVar[Callable[[], str]]
+    seen: ClassVar[Counter[str]]
+    faults = False
+
+    @initialize(eviction=st.sampled_from(["s3fifo", "lru"]), n_host=st.sampled_from([9, 20]))
+    def start(self, eviction: str, n_host: int) -> None:
+        self.engine = Engine(
+            self.config,
+            asynchronous=self.asynchronous,
+            arena=self.new_arena_name(),
+            n_host=n_host,
+            eviction=eviction,
+        )
+        self.engine.loads.hold = True
+
+    @rule(
+        at=st.integers(0, len(PROMPTS) - 1),
+        n_tokens=st.sampled_from([1, 2, 16, 17, 40]),
+        load=st.sampled_from([True, True, True, False]),
+        store=st.sampled_from([True, True, True, False]),
+        stop=st.booleans(),
+        salt=st.sampled_from([None, None, None, "a"]),
+        skip_reading=st.sampled_from([None, None, None, True]),
+    )
+    def add(
+        self, at: int, n_tokens: int, load: bool, store: bool, stop: bool, salt: str | None,
+        skip_reading: bool | None,
+    ) -> None:  # fmt: skip
+        self.engine.add(
+            PROMPTS[at],
+            n_tokens,
+            kvmem={"load": load, "store": store},
+            stop=stop,
+            salt=salt,
+            skip_reading=skip_reading,
+        )
+
+    @rule(at=st.integers(0, 7), extra=st.sampled_from([1, 12, 27]), n_tokens=st.integers(1, 33))
+    def follow_up(self, at: int, extra: int, n_tokens: int) -> None:
+        """The next turn of a conversation: the last one's prompt and reply, and some more."""
+        over = [t for t in self.engine.turns.values() if t.finish_reason is not None]
+        if over:
+            turn = over[at % len(over)]
+            tokens = [*turn.prompt, *turn.tokens, *_segment(at, extra)]
+            if len(tokens) + n_tokens <= MAX_TOKENS - 32:
+                self.engine.add(tokens, n_tokens, salt=turn.salt)
+
+    @rule(n=st.sampled_from([1, 2, 3, 8, 20]), eager=st.booleans())
+    def step(self, n: int, eager: bool) -> None:
+        self.engine.eager = eager
+        for _ in range(n):
+            self.engine.step()
+            self.engine.check()
+
+    @rule(forget=st.booleans(), at=st.integers(0, 7), eager=st.booleans())
+    def quiet(self, forget: bool, at: int, eager: bool) -> None:
+        """All that was asked for is answered; then perhaps only kvmem has it, and is asked."""
+        self.engine.drain()
+        self.engine.loads.hold = True
+        if forget:
+            assert self.engine.forget_device()
+            self.follow_up(at, 12, 17)
+            self.step(1, eager)
+
+    @rule(n=st.sampled_from([1, 1, 3]))
+    def end_loads(self, n: int) -> None:
+        self.seen["loads held"] += len(self.engine.loads.held)
+        self.engine.loads.run(n)
+
+    @rule(at=st.integers(0, 7), late=st.booleans())
+    def abort(self, at: int, late: bool) -> None:
+        live = self.engine.live()
+        if live:
+            one = live[at % len(live)]
+            status = self.engine.scheduler.requests[one].status.name
+            self.seen[f"aborted while {status}"] += 1
+            if late:
+                self.engine.meanwhile.append(lambda: self.engine.abort(one))
+            else:
+                self.engine.abort(one)
+
+    @rule()
+    def forget_device(self) -> None:
+        self.seen["device emptied"] += self.engine.forget_device()
+
+    @precondition(lambda self: not self.engine.queue)
+    @rule()
+    def preempt_all(self) -> None:
+        """vLLM can't do this while others than running requests hold blocks."""
+        requests = self.engine.scheduler.requests.values()
+        if all(r.status.name == "RUNNING" or r.num_computed_tokens == 0 for r in requests):
+            self.engine.preemptions += len(self.engine.scheduler.running)
+            self.engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    @rule(dice=st.integers(0, 3))
+    def reset_connector(self, dice: int) -> None:
+        if dice == 0:
+            self.seen["resets"] += self.engine.reset_connector()
+
+    @rule(slot=st.integers(0, 19), at=st.integers(0, 511))
+    def corrupt(self, slot: int, at: int) -> None:
+        self.engine.corrupt(slot % self.engine.half.cache.stats()["n_slots"], at)
+
+    @precondition(lambda self: self.faults)
+    @rule(hook=st.sampled_from(HOOKS), after=st.booleans())
+    def break_a_hook(self, hook: tuple[str, str], after: bool) -> None:
+        self.engine.fail_once(hook, after=after)
+
+    @invariant()
+    def the_tables_agree(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        engine = self.engine
+        try:
+            engine.eager = True
+            engine.drain()
+            if engine.faulted:  # what was lost is given back once a store is acknowledged
+                engine.mend()
+                engine.generate(_segment(len(engine.turns) + 50, 40))
+            engine.assert_settled()
+            self._count()
+        finally:
+            engine.close()
+
+    def _count(self) -> None:
+        engine, totals = self.engine, self.engine.half.totals
+        self.seen["loads"] += totals.blocks_loaded
+        self.seen["stores"] += totals.blocks_stored
+        self.seen["quarantines"] += totals.quarantined
+        self.seen["refused"] += totals.refused
+        self.seen["evictions"] += engine.half.cache.stats()["evictions"]
+        self.seen["preemptions"] += engine.preemptions
+        self.seen["kept"] += len(engine.kept)
+        self.seen["failures"] += engine.half.failures
+        self.seen["positions read"] += engine.forward.positions_read
+
+
+MUST = ("loads", "stores", "evictions", "preemptions", "quarantines", "resets", "device emptied",
+        "aborted while RUNNING", "aborted while WAITING_FOR_REMOTE_KVS", "loads held")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", [False, True], ids=["sound", "with broken hooks"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["Scheduler", "AsyncScheduler"])
+def test_any_order_of_events_reads_right_and_leaves_nothing(
+    config: Any, new_arena_name: Callable[[], str], asynchronous: bool, faults: bool
+) -> None:
+    seen: Counter[str] = Counter()
+    machine = type(
+        "Machine",
+        (StepsMachine,),
+        {
+            "config": config,
+            "asynchronous": asynchronous,
+            "new_arena_name": staticmethod(new_arena_name),
+            "seen": seen,
+            "faults": faults,
+        },
+    )
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=60))
+    must = [*MUST, *(["kept"] if asynchronous else []), *(["failures"] if faults else [])]
+    assert not [what for what in must if not seen[what]], seen
