@@ -66,8 +66,7 @@ class Receipt:
         self, request: Request, start: int, grant: Grant | None, missing: str, block_tokens: int
     ) -> None:
         """Notes what the first lookup found; later ones are of a request that was preempted."""
-        again = request.num_output_tokens or getattr(request, "num_preemptions", 0)
-        if again or self._counted:
+        if self._is_told(request):
             return
         n_blocks = grant.n_blocks if grant is not None else start
         self.prompt = request.num_prompt_tokens
@@ -75,6 +74,17 @@ class Receipt:
         self.host_blocks = max(0, n_blocks - start)
         self.miss = missing
         self.first_missing_block = None if missing == "none" else n_blocks
+
+    def load_failed(self, request: Request, host_blocks: int) -> None:
+        """Notes that only so many blocks of what the first lookup found could be used."""
+        if not self._is_told(request):
+            self.miss = "load_failed"
+            self.host_blocks = host_blocks
+
+    def _is_told(self, request: Request) -> bool:
+        """Where the prompt came from is known: the request was preempted since, or is over."""
+        again = request.num_output_tokens or getattr(request, "num_preemptions", 0)
+        return bool(again) or self._counted
 
     def finish(self, request: Request, block_tokens: int) -> dict[str, Any]:
         """The receipt as the response carries it.

@@ -66,11 +66,10 @@ class _Seen:
     stale: bool = False
     load_failed: bool = False
 
-    def fail_load(self) -> None:
+    def fail_load(self, good_blocks: int = 0) -> None:
         """One failed load is enough: asked again, the request computes (or it would never end)."""
         self.load_failed = True
-        self.receipt.miss = "load_failed"
-        self.receipt.host_blocks = 0
+        self.receipt.load_failed(self.request, good_blocks)
         self.stored = 0
 
 
@@ -429,10 +428,9 @@ class SchedulerHalf:
             seen.receipt.load_ms += done.seconds * 1e3
             if done.bad:
                 slots = seen.grant.slots.tolist() if seen.grant is not None else []
-                seen.fail_load()
                 # The engine keeps what lies before the first block that failed.
                 bad_slot = done.bad[0][0]
-                seen.receipt.host_blocks = slots.index(bad_slot) if bad_slot in slots else 0
+                seen.fail_load(slots.index(bad_slot) if bad_slot in slots else 0)
 
     # -- a request ends ----------------------------------------------------------------------
 
