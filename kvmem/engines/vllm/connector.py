@@ -179,7 +179,15 @@ class KvmemConnector(KVConnectorBase_V1):
             lambda: self.scheduler.acknowledged(acks if isinstance(acks, Acks) else None),
             _nothing,
         )
-        self._safely("update_connector_output", lambda: self.scheduler.received(received), _nothing)
+
+        def otherwise() -> None:  # it is said once only, and an ended request must lose its lease
+            self._safely(
+                "update_connector_output", lambda: self.scheduler.let_go(received), _nothing
+            )
+
+        self._safely(
+            "update_connector_output", lambda: self.scheduler.received(received), otherwise
+        )
         self._show()
 
     def request_finished(

@@ -377,8 +377,14 @@ class SchedulerHalf:
             seen = self._seen.get(request_id)
             if seen is not None:
                 seen.loading = False
-                if seen.finished:
-                    self.forget((request_id,))
+        self.let_go(request_ids)
+
+    def let_go(self, request_ids: Iterable[str]) -> None:
+        """Forgets those of them that have ended; their loads held them."""
+        for request_id in request_ids:
+            seen = self._seen.get(request_id)
+            if seen is not None and seen.finished:
+                self.forget((request_id,))
 
     def _publish(self, wait: _Outstanding, status: np.ndarray, sums: Words, seconds: float) -> None:
         # A failed block cuts the chain: what was reserved on top of it goes with it (I2).
