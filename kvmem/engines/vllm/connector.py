@@ -137,10 +137,17 @@ class KvmemConnector(KVConnectorBase_V1):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """Tokens that will be loaded beyond the engine's own hit; always asynchronously."""
+
+        def otherwise() -> tuple[int, bool]:
+            self._safely(
+                "get_num_new_matched_tokens", lambda: self.scheduler.unmatched(request), _nothing
+            )
+            return 0, False
+
         return self._safely(
             "get_num_new_matched_tokens",
             lambda: self.scheduler.match(request, num_computed_tokens),
-            lambda: (0, False),
+            otherwise,
         )
 
     def update_state_after_alloc(

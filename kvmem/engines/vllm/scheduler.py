@@ -195,6 +195,13 @@ class SchedulerHalf:
         n_blocks = grant.n_blocks - start
         return (n_blocks * tokens, True) if n_blocks > 0 else (0, False)
 
+    def unmatched(self, request: Request) -> None:
+        """A lookup failed, so the engine's own hit may be older than a reset: as `match` says,
+        nothing on top of such blocks is stored."""
+        seen = self._seen.get(request.request_id)
+        if seen is not None:
+            seen.stale = seen.stale or self._was_reset
+
     def allocated(self, request: Request, blocks: KVCacheBlocks, n_external_tokens: int) -> None:
         """Device blocks exist for what `match` promised: the load goes out with this step."""
         seen = self._seen.get(request.request_id)
