@@ -221,7 +221,9 @@ def test_after_a_reset_nothing_is_stored_on_blocks_only_the_engine_has(half: Sch
 def test_after_a_reset_that_left_the_device_empty_everything_is_stored_again(
     half: SchedulerHalf,
 ) -> None:
-    pool = SimpleNamespace(cached_block_hash_to_block={})
+    pool = SimpleNamespace(
+        cached_block_hash_to_block={}, num_gpu_blocks=100, get_num_free_blocks=lambda: 99
+    )
     half.bind(pool)  # type: ignore[arg-type]
     finish(half, stored(half, "a", 4 * BLOCK))
     half.reset()
@@ -233,12 +235,16 @@ def test_after_a_reset_that_left_the_device_empty_everything_is_stored_again(
     (store,) = step(half, b=2 * BLOCK).stores
     assert len(store.slots) == 6
 
-    pool.cached_block_hash_to_block = {"older": 1}  # a request held it during the reset
-    half.reset()
-    again = request("c", 6 * BLOCK)
-    half.on_new_request(again)
-    half.match(again, 4 * BLOCK)
-    assert not step(half, c=2 * BLOCK).stores
+    for change in (
+        {"cached_block_hash_to_block": {"older": 1}},  # a request held it during the reset
+        {"get_num_free_blocks": lambda: 98},  # a block that is full and cached only later
+    ):
+        half.bind(SimpleNamespace(**{**vars(pool), **change}))  # type: ignore[arg-type]
+        half.reset()
+        again = request("c", 6 * BLOCK)
+        half.on_new_request(again)
+        half.match(again, 4 * BLOCK)
+        assert not step(half, c=2 * BLOCK).stores
 
 
 def test_a_worker_that_cannot_map_is_promised_to_nobody_until_it_can(half: SchedulerHalf) -> None:

@@ -490,12 +490,13 @@ class SchedulerHalf:
         self.cache.drop("reset")
         for seen in self._seen.values():
             seen.stale = True
-        # The engine resets its own cache first, which fails while a request uses a block; then
-        # what it kept is older than this reset. Before 0.30 it shows us no pool.
-        if self._device_pool is not None:
-            self._was_reset = len(self._device_pool.cached_block_hash_to_block) > 0
-        else:
-            self._was_reset = True
+        # The engine resets its own cache first, which fails while a block is in use. Blocks that
+        # it kept, and those that requests go on to fill, are older than this reset.
+        pool = self._device_pool  # None before 0.30
+        self._was_reset = pool is None or bool(
+            len(pool.cached_block_hash_to_block)
+            or pool.get_num_free_blocks() + 1 < pool.num_gpu_blocks  # one is never free
+        )
         self._stats_due = True
         return True
 
