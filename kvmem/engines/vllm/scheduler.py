@@ -174,14 +174,14 @@ class SchedulerHalf:
         start = n_computed_tokens // tokens
         limit = min((request.num_tokens - 1) // tokens, len(request.block_hashes))
         # The engine starts it from zero. After a reset, blocks that only the engine has may be
-        # from before it (the engine keeps those in use): nothing on top of them is stored.
-        seen.stale = self._was_reset and self.cache.match(request.block_hashes[:start]) < start
-        seen.stored = 0
-        off = (
-            not seen.wishes.load
-            or not self._worker_maps
-            or getattr(request, "skip_reading_prefix_cache", False)
+        # from before it (the engine keeps those in use): nothing on top of them is stored. Nor is
+        # what a request computes anew without asking the engine: it would make them look new.
+        skips = getattr(request, "skip_reading_prefix_cache", False)
+        seen.stale = self._was_reset and (
+            skips or self.cache.match(request.block_hashes[:start]) < start
         )
+        seen.stored = 0
+        off = not seen.wishes.load or not self._worker_maps or skips
         if off or seen.load_failed:
             seen.grant = None
             reason = "load_failed" if seen.load_failed else "load_off"
