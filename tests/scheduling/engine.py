@@ -345,6 +345,7 @@ class Engine:
         self.preemptions += len(output.preempted_req_ids or ())
         orders = output.kv_connector_metadata
         self.kept += orders.finished
+        self._note_contents()
         for load in orders.loads:
             self.forward.promised[load.request_id] = (self.forward.epoch, load.block_ids.tolist())
         return output
@@ -407,10 +408,8 @@ class Engine:
         start = self.forward.first_start[request_id]
         assert told["device"] + told["host"] == start, (told, start)
 
-    def _check_stored(self, orders: Any, acks: Any) -> None:
-        """Slots that the worker's half calls written hold what their keys stand for."""
-        if not self.check_stores:
-            return
+    def _note_contents(self) -> None:
+        """What the blocks of all requests stand for."""
         for request in self.scheduler.requests.values():
             salt = self.turns[request.request_id].salt
             for at, key in enumerate(request.block_hashes):
@@ -418,6 +417,11 @@ class Engine:
                     stop = (at + 1) * BLOCK
                     chain = digests(request.all_token_ids[:stop], salt)
                     self._contents[bytes(key)] = chain[-BLOCK:]
+
+    def _check_stored(self, orders: Any, acks: Any) -> None:
+        """Slots that the worker's half calls written hold what their keys stand for."""
+        if not self.check_stores:
+            return
         self._ordered[orders.sequence] = orders.stores
         for done in acks.stores if acks is not None else ():
             for store, status in zip(self._ordered[done.sequence], done.statuses, strict=True):

@@ -131,13 +131,14 @@ class StepsMachine(RuleBasedStateMachine):
         self.seen["loads held"] += len(self.engine.loads.held)
         self.engine.loads.run(n)
 
-    @rule(at=st.integers(0, 7), late=st.booleans())
-    def abort(self, at: int, late: bool) -> None:
-        live = self.engine.live()
+    @rule(at=st.integers(0, 7), late=st.booleans(), loading=st.booleans())
+    def abort(self, at: int, late: bool, loading: bool) -> None:
+        requests, live = self.engine.scheduler.requests, self.engine.live()
+        if loading:
+            live = [i for i in live if requests[i].status.name == "WAITING_FOR_REMOTE_KVS"]
         if live:
             one = live[at % len(live)]
-            status = self.engine.scheduler.requests[one].status.name
-            self.seen[f"aborted while {status}"] += 1
+            self.seen[f"aborted while {requests[one].status.name}"] += 1
             if late:
                 self.engine.meanwhile.append(lambda: self.engine.abort(one))
             else:
@@ -225,6 +226,6 @@ def test_any_order_of_events_reads_right_and_leaves_nothing(
             "faults": faults,
         },
     )
-    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=60))
+    run_state_machine_as_test(machine, settings=settings(max_examples=100, stateful_step_count=60))
     must = [*MUST, *(["kept"] if asynchronous else []), *(["failures"] if faults else [])]
     assert not [what for what in must if not seen[what]], seen

@@ -225,6 +225,31 @@ def test_a_reset_while_a_load_is_in_flight_leaves_nothing(engine: Engine) -> Non
     assert engine.generate(PROMPT).receipt["tokens"]["host"] == 0
 
 
+def test_a_lookup_that_fails_after_a_reset_stores_nothing_on_older_blocks(engine: Engine) -> None:
+    engine.generate(PROMPT)  # the device keeps its blocks
+    assert engine.reset_connector()
+    before = engine.half.totals.blocks_stored
+    engine.fail_once(("half", "match"), after=False)
+    engine.generate([*PROMPT, *other(40)])
+    assert engine.half.failures == 1
+    assert engine.half.totals.blocks_stored == before
+    engine.assert_settled()
+
+
+def test_what_was_computed_anew_does_not_make_older_blocks_pass_for_new(engine: Engine) -> None:
+    old = engine.add(PROMPT, 80)
+    engine.step_until(lambda: engine.turns[old].tokens)
+    assert engine.reset_connector()  # the device keeps the blocks of the running request
+    engine.add(PROMPT, 2, skip_reading=True)
+    engine.step_until(lambda: len(engine.live()) == 1)
+    longer = [*PROMPT, *other(40)]
+    engine.add(longer)
+    engine.drain()
+    assert engine.forget_device()
+    engine.generate([*longer, 3])  # the forward looks at how old what it reads is
+    engine.assert_settled()
+
+
 # -- failures ------------------------------------------------------------------------------------
 
 
@@ -378,9 +403,13 @@ def test_a_block_stored_too_early_is_seen(engine: Engine, seen_by: str) -> None:
     engine.add(other(40), 1)
     prompt = other(100, 2)  # its first chunk gets 24 of the step's 64 tokens
     match = "which does not hold its key's KV" if engine.check_stores else "layer 0 is wrong"
-    with pytest.raises(WrongKVError, match=match):
+
+    def store_and_load() -> None:
         stored(engine, prompt)
         engine.generate(prompt)
+
+    with pytest.raises(WrongKVError, match=match):
+        store_and_load()
 
 
 def test_kv_that_is_older_than_a_reset_is_seen(engine: Engine) -> None:
