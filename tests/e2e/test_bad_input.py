@@ -208,7 +208,7 @@ def test_weights_that_vllm_cannot_load(
     with (Path(smollm2) / "model.safetensors").open("rb") as whole:
         (tmp_path / "model" / "model.safetensors").write_bytes(whole.read(1 << 20))
     ran = kvmem_serve(model, *SMALL)
-    assert_refused(ran, "vLLM failed while it started", "The first error in the log above")
+    assert_refused(ran, "vLLM ended with an error", "The first error in the log above")
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def _wait_for_spawned() -> None:
 def check(flags: Sequence[str]) -> None:
     """Refuses what can be told from vLLM's flags and the model's configuration.
 
-    Cost: about a second beyond the imports, which the server needs anyway.
+    Cost: two seconds beyond the imports, which the server saves when it does the same again.
 
     Raises:
         ConfigError: vLLM does not take the flags, or the weights can't be told apart.
@@ -197,7 +197,7 @@ def _failure(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return f"vLLM can't listen: {line}. Give another --port or --host."
     return (
-        f"vLLM failed while it started: {line.partition('. ')[0].rstrip('.')}. "
+        f"vLLM ended with an error: {line.partition('. ')[0].rstrip('.')}. "
         "The first error in the log above says why; kvmem refused nothing."
     )
 
