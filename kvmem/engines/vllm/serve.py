@@ -19,8 +19,8 @@ import errno
 import logging
 import os
 import runpy
+import select
 import sys
-import time
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
@@ -96,10 +96,13 @@ def _wait_for_spawned() -> None:
         return
     vars(tracker).update(_fd=None, _pid=None)  # it has nothing left to end when Python does
     os.close(fd)
-    deadline = time.monotonic() + SPAWNED_END_WITHIN_S
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
-            time.sleep(0.02)
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        ended = os.pidfd_open(pid)
+        try:
+            select.select([ended], [], [], SPAWNED_END_WITHIN_S)
+        finally:
+            os.close(ended)
+        os.waitpid(pid, os.WNOHANG)
 
 
 def check(flags: Sequence[str]) -> None:
