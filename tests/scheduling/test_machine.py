@@ -131,11 +131,14 @@ class StepsMachine(RuleBasedStateMachine):
         self.seen["loads held"] += len(self.engine.loads.held)
         self.engine.loads.run(n)
 
-    @rule(at=st.integers(0, 7), late=st.booleans(), loading=st.booleans())
-    def abort(self, at: int, late: bool, loading: bool) -> None:
+    @rule(
+        at=st.integers(0, 7),
+        late=st.booleans(),
+        first=st.sampled_from(["RUNNING", "WAITING_FOR_REMOTE_KVS", "WAITING"]),
+    )
+    def abort(self, at: int, late: bool, first: str) -> None:
         requests, live = self.engine.scheduler.requests, self.engine.live()
-        if loading:
-            live = [i for i in live if requests[i].status.name == "WAITING_FOR_REMOTE_KVS"]
+        live = [i for i in live if requests[i].status.name == first] or live
         if live:
             one = live[at % len(live)]
             self.seen[f"aborted while {requests[one].status.name}"] += 1
