@@ -280,6 +280,8 @@ class SchedulerHalf:
             scheduled_tokens=output.total_num_scheduled_tokens,
             finished=list(self._to_finish),
             broken=list(self._broken.items()),
+            # A lost step may have taken all the room there is: then no store would follow it.
+            confirm=bool(self._outstanding),
         )
 
     def sent_out(self) -> list[str]:

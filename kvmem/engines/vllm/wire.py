@@ -55,7 +55,8 @@ class Orders(KVConnectorMetadata):
 
     `sequence` rises by one a step, so that a lost acknowledgement is seen. `finished` requests'
     device blocks are kept by the engine until the worker names them as sent. `broken` are
-    requests whose load was promised and cannot be made: (request, device blocks).
+    requests whose load was promised and cannot be made: (request, device blocks). `confirm` asks
+    for an acknowledgement even of a step that stores nothing.
     """
 
     sequence: int
@@ -65,6 +66,7 @@ class Orders(KVConnectorMetadata):
     stores: list[Store] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     broken: list[tuple[str, list[int]]] = field(default_factory=list)
+    confirm: bool = False
 
 
 @dataclass(slots=True)

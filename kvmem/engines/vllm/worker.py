@@ -196,6 +196,8 @@ class WorkerHalf:
         """Copies the blocks that this step completed, and lets go of finished requests."""
         self._sent.update(orders.finished)
         if not orders.stores:
+            if orders.confirm:
+                self._acks.stores.append(StoreDone(orders.sequence, [], [], 0.0))
             return
         copier = self._storer if self._map(orders.arena) else None
         if copier is None:
