@@ -156,7 +156,8 @@ class StepsMachine(RuleBasedStateMachine):
     def preempt_all(self) -> None:
         """vLLM can't do this while others than running requests hold blocks."""
         requests = self.engine.scheduler.requests.values()
-        if all(r.status.name == "RUNNING" or r.num_computed_tokens == 0 for r in requests):
+        holds = self.engine.scheduler._holds_kv_blocks
+        if all(r.status.name == "RUNNING" or not holds(r) for r in requests):
             self.engine.preemptions += len(self.engine.scheduler.running)
             self.engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 

@@ -281,6 +281,22 @@ def test_a_load_that_fails_after_a_preemption_changes_no_receipt(engine: Engine)
     engine.assert_settled()
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_lost_step_that_took_all_the_room_gives_it_back(
+    config: Any, arena_name: str, asynchronous: bool
+) -> None:
+    with running(config, asynchronous=asynchronous, arena=arena_name, n_host=WHOLE) as engine:
+        engine.fail_once(("worker", "acks"), after=True)
+        engine.add(PROMPT)
+        engine.step_until(lambda: engine.half.cache.stats()["pending"] == WHOLE)
+        engine.drain()
+        stored(engine, other(40))  # finds no room, but its steps are acknowledged
+        assert engine.half.cache.stats()["pending"] == 0
+        stored(engine, other(40, 2))
+        assert engine.generate(other(40, 2)).receipt["tokens"]["host"] == 2 * BLOCK
+        engine.assert_settled()
+
+
 HOOKS = [
     ("half", "on_new_request"),
     ("half", "match"),
