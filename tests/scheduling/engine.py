@@ -295,6 +295,14 @@ class Engine:
             self.forward.epoch += 1
         return done
 
+    def reset(self) -> bool:
+        """Everything is forgotten, or, while the device is in use, only asked to be: what is on
+        the device may then be older than the connector's reset, until it is asked again."""
+        done = bool(self.scheduler.reset_prefix_cache(reset_connector=True))
+        if done:
+            self.forward.epoch += 1
+        return done
+
     # -- what the engine core does -----------------------------------------------------------
 
     def step(self) -> bool:
