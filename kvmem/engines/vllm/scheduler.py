@@ -173,13 +173,11 @@ class SchedulerHalf:
         tokens = self.geometry.block_tokens
         start = n_computed_tokens // tokens
         limit = min((request.num_tokens - 1) // tokens, len(request.block_hashes))
-        # The engine starts it from zero. After a reset, blocks that only the engine has may be
-        # from before it (the engine keeps those in use): nothing on top of them is stored. Nor is
-        # what a request computes anew without asking the engine: it would make them look new.
+        # The engine starts it from zero. After a reset that left blocks on the device, a hit there
+        # may be on blocks from before it, whatever is stored under their keys by now: nothing on
+        # top of a hit is stored until a reset has emptied the device too.
+        seen.stale = self._was_reset and start > 0
         skips = getattr(request, "skip_reading_prefix_cache", False)
-        seen.stale = self._was_reset and (
-            skips or self.cache.match(request.block_hashes[:start]) < start
-        )
         seen.stored = 0
         off = not seen.wishes.load or not self._worker_maps or skips
         if off or seen.load_failed:
