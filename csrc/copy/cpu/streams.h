@@ -42,7 +42,7 @@ KVMEM_TARGET void StreamCopy(std::byte* dst, const std::byte* src, size_t bytes)
   src += head;
   bytes -= head;
   // [0, kStreams * part) in streams, then whole lines, then the tail.
-  const size_t part = bytes / (kStreams * kRun) * kRun;
+  const size_t part = StreamPart(bytes);
   for (size_t at = 0; at < part; at += kRun) {
 #pragma GCC unroll 8
     for (size_t k = 0; k < kStreams; ++k) {
