@@ -250,6 +250,29 @@ def test_what_was_computed_anew_does_not_make_older_blocks_pass_for_new(engine: 
     engine.assert_settled()
 
 
+def test_a_load_that_a_reset_overtook_does_not_pass_for_new(engine: Engine) -> None:
+    stored(engine)
+    old = in_flight(engine, PROMPT, 150)
+    assert engine.reset_connector()
+    new = engine.add(PROMPT, 2)  # the device does not know of the load's blocks yet: computed
+    engine.step_until(lambda: new not in engine.live())
+    engine.loads.hold = False
+    engine.loads.run()
+    engine.step_until(lambda: engine.turns[old].tokens)
+    for seed in (5, 6):  # the new blocks have to leave the device, the old ones are in use
+        filler = engine.add(other(150, seed))
+        engine.step_until(lambda filler=filler: filler not in engine.live())
+    longer = [*PROMPT, *other(40)]
+    third = engine.add(longer)
+    engine.step_until(lambda: third not in engine.live())
+    assert engine.turns[third].receipt["tokens"]["device"] == WHOLE * BLOCK
+    engine.drain()
+    assert engine.forget_device()
+    told = engine.generate([*longer, 3]).receipt["tokens"]
+    assert told["host"] == WHOLE * BLOCK  # the new ones, and nothing that lies on the old
+    engine.assert_settled()
+
+
 # -- failures ------------------------------------------------------------------------------------
 
 
