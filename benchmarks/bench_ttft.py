@@ -15,6 +15,7 @@ Arms, on prompts of about 2,800 and 6,000 tokens of real text and one output tok
 Each engine is a child process that runs vLLM's AsyncLLM with its engine-core process. One engine
 works at a time, and only after all of them are quiet; the order of engines and of hits rotates.
 Eager mode in every arm: compiled and eager runs take the same time for this model on a CPU.
+bfloat16, or float32 on a CPU that cannot multiply it (then twice the bytes are loaded).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from kvmem.demo import model as demo_model
 __all__: list[str] = []
 
 _LENGTHS = (2_787, 6_000)
+_SHORT_LENGTHS = (1_000,)
 _DEVICE_BYTES = 1 << 30
 _PIECE_BYTES = 96 << 10
 _SEED = 20_261_123
@@ -237,10 +239,12 @@ def _table(samples: Samples) -> None:
 
 
 @contextlib.contextmanager
-def _engines(model: Path, lmcache: Path | None, folder: Path) -> Iterator[dict[str, Engine]]:
+def _engines(
+    model: Path, dtype: str, lmcache: Path | None, folder: Path
+) -> Iterator[dict[str, Engine]]:
     settings: dict[str, Any] = {
         "model": str(model),
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "block_size": BLOCK_TOKENS,
         "max_model_len": 8_192,
         "kv_cache_memory_bytes": _DEVICE_BYTES,
@@ -267,35 +271,46 @@ def _engines(model: Path, lmcache: Path | None, folder: Path) -> Iterator[dict[s
         yield engines
 
 
+def _native_dtype() -> str:
+    """bfloat16 where the CPU multiplies it; elsewhere a prompt of 2,800 tokens takes minutes."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 2)[1].split()
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+
+
 def _plan(args: argparse.Namespace) -> Plan:
     if args.short:
-        return Plan(lengths=_LENGTHS[:1], rounds=args.rounds or 2, hits=1)
+        return Plan(lengths=_SHORT_LENGTHS, rounds=args.rounds or 2, hits=1)
     return Plan(lengths=_LENGTHS, rounds=args.rounds or 9, hits=2)
 
 
 def main() -> None:
     """Runs the benchmark and prints the table and the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="one length, few rounds: a smoke run")
+    parser.add_argument(
+        "--short", action="store_true", help="one short prompt, two rounds, no LMCache"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=_native_dtype())
     parser.add_argument("--rounds", type=int, help="of every arm at each length (9)")
     parser.add_argument("--lmcache-python", type=Path, help="a Python with LMCache and vLLM")
     parser.add_argument("--no-lmcache", action="store_true", help="leave LMCache out")
     args = parser.parse_args()
     exit_on_sigterm()
     plan = _plan(args)
-    lmcache = None if args.no_lmcache else _arms.lmcache_python(args.lmcache_python)
+    without = args.no_lmcache or args.short
+    lmcache = None if without else _arms.lmcache_python(args.lmcache_python)
     if lmcache is None:
-        print("LMCache's arm is skipped: no .venv-lmcache and no --lmcache-python")
+        print("LMCache's arm is skipped: no .venv-lmcache and no --lmcache-python, or not wanted")
     model = demo_model.ensure(print)
     gather = gather_bytes_s(piece_bytes=_PIECE_BYTES)
     print(f"gather of {_PIECE_BYTES >> 10} KiB pieces, one thread: {gather / 1e9:.1f} GB/s")
-    block_bytes = _arms.kv_bytes_per_token(model, "bfloat16") * BLOCK_TOKENS
+    block_bytes = _arms.kv_bytes_per_token(model, args.dtype) * BLOCK_TOKENS
+    print(f"{args.dtype}: {block_bytes:,} bytes a block of {BLOCK_TOKENS} tokens", flush=True)
     per_round = sum(2 * length for length in plan.lengths)
     prompts = Prompts(model, plan.rounds * per_round + 3 * sum(plan.lengths))
     before = shared_memory()
     with (
         tempfile.TemporaryDirectory(prefix="kvmem-bench-") as folder,
-        _engines(model, lmcache, Path(folder)) as engines,
+        _engines(model, args.dtype, lmcache, Path(folder)) as engines,
     ):
         bench = Bench(engines, prompts, plan)
         bench.run()
@@ -311,6 +326,7 @@ def main() -> None:
             **worst(rows),
             "wrong": bench.wrong,
             "rounds": plan.rounds,
+            "dtype": args.dtype,
             "gather_gb_s": gather / 1e9,
             "left_behind": leftovers(before),
         }
