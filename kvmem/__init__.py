@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from kvmem.config import Config
     from kvmem.errors import KVMemError
     from kvmem.hashing import BlockHasher
+    from kvmem.types import GroupShape
 
-__all__ = ["BlockHasher", "Cache", "Config", "KVMemError", "__version__"]
+__all__ = ["BlockHasher", "Cache", "Config", "GroupShape", "KVMemError", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _WHERE = {
     "BlockHasher": "kvmem.hashing",
     "Cache": "kvmem.cache",
     "Config": "kvmem.config",
+    "GroupShape": "kvmem.types",
     "KVMemError": "kvmem.errors",
 }
 

@@ -243,29 +243,30 @@ def scatter(source: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), ord
 
 class SlotCopier:
     """
-    Moves blocks between device memory and an arena's slots, and checks what comes back.
+    Moves blocks between device memory and one rank's shares of an arena's slots, and checks
+    what comes back.
 
     Statuses: 0 ok, 1 the slot holds another block, 2 the slot has moved on (seen before or
     after the copy), 3 the bytes are not the ones stored, 4 no such block or slot. On any but 0
     the block's bytes are undefined. Keeps the arena's buffer alive.
     """
 
-    def __init__(self, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], threads: int, cpu_path: str = 'auto') -> None: ...
+    def __init__(self, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], threads: int, rank: int = 0, cpu_path: str = 'auto') -> None: ...
 
-    def register_layers(self, base: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], stride: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], piece: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], n_blocks: int) -> None:
+    def register_layers(self, base: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], stride: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], piece: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], n_blocks: int, group: int = 0) -> None:
         """
-        Tells where block i of each layer lies: piece bytes at base + i * stride. The memory
-        stays the caller's and must outlive the copier's use.
+        Tells where block i of each layer of a KV-cache group lies: piece bytes at
+        base + i * stride. The memory stays the caller's and must outlive the copier's use.
         """
 
-    def store(self, block_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], generations: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], keys: bytes) -> tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C')], Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C')]]:
+    def store(self, block_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], generations: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], keys: bytes, group: int = 0) -> tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C')], Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C')]]:
         """
         Device to arena: (status uint8 [n], XXH3-64 of each slot uint64 [n], 0 unless stored).
         A generation that the slot has already passed is refused with 2. Raises ValueError when a
         slot is named twice.
         """
 
-    def load(self, block_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], generations: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], keys: bytes, verify: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C')]:
+    def load(self, block_ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], generations: Annotated[NDArray[numpy.uint64], dict(shape=(None,), order='C', device='cpu', writable=False)], keys: bytes, verify: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int = 0) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C')]:
         """
         Arena to device: status uint8 [n]. verify[i] != 0 compares the checksum of the bytes
         that were written to the block. Raises ValueError when a block is named twice.

@@ -6,13 +6,18 @@
     release   a request is over
     drop      everything leaves matching
 
-A `Cache` serves one namespace and one KV-cache group. It never touches KV bytes: it hands out
-slots, and who copies reads each slot's identity back (I1). Calls come from one thread, the
-engine's scheduler; `stats()` may be called from any.
+A `Cache` serves one namespace. A prompt comes as one list of keys for each KV-cache group of the
+model. Full-attention groups are chains, each block below its parent (I2); the blocks of windows
+and states are each by themselves, and a prompt can be resumed only where all that its groups read
+there is here. A `Cache` never touches KV bytes: it hands out slots, and who copies reads each
+slot's identity back (I1). Calls come from one thread, the engine's scheduler; `stats()` may be
+called from any.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,8 +26,9 @@ import numpy.typing as npt
 
 from kvmem import events
 from kvmem._core import HostTier
+from kvmem.types import GroupShape
 
-__all__ = ["Cache", "Grant", "Reservation"]
+__all__ = ["Cache", "Grant", "Part", "Reservation"]
 
 Slots = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint64]
@@ -31,19 +37,33 @@ Words = npt.NDArray[np.uint64]
 Keys = list[Any]
 
 
-class Grant(msgspec.Struct, frozen=True):
-    """What `acquire` answers: blocks `[start, n_blocks)` of the prompt lie in these slots.
+class Part(msgspec.Struct, frozen=True):
+    """One group's blocks of a grant: block `first + i` of the prompt lies in `slots[i]`."""
 
-    `slots` and `generations` are of length `n_blocks - start`; they stay valid until the
-    request's `release`. `missing` says why block `n_blocks` is not here ("none" when the whole
-    prompt is).
+    group: int
+    first: int
+    slots: Slots
+    generations: Words
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """What `acquire` answers: the prompt can be resumed after `stop` tokens, of which the caller
+    has `start`.
+
+    `parts` are what is to be loaded for that, none where `stop == start`; they stay valid until
+    the request's `release`. `missing` says why the prompt can't be resumed further on ("none"
+    where there is nothing further).
     """
 
     start: int
-    n_blocks: int
-    slots: Slots
-    generations: Words
+    stop: int
+    parts: tuple[Part, ...]
     missing: str
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of all groups together."""
+        return sum(len(part.slots) for part in self.parts)
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -58,83 +78,240 @@ class Reservation(msgspec.Struct, frozen=True):
     refused: int
 
 
+class _Held:
+    """The leases of one request: one a chain, by group, and one for each block by itself.
+
+    `used`: some of its prompt was here.
+    """
+
+    __slots__ = ("chains", "single", "used")
+
+    def __init__(self) -> None:
+        self.chains: dict[int, int] = {}
+        self.single: list[int] = []
+        self.used = False
+
+
 class Cache:
     """The host tier of one namespace behind kvmem's verbs.
 
     Args:
         n_slots: blocks the host tier holds (I7).
+        groups: the model's KV-cache groups, in the engine's order.
         eviction: "s3fifo" or "lru".
         bus: where events go.
     """
 
     def __init__(
-        self, n_slots: int, *, eviction: str = "s3fifo", bus: events.Bus | None = None
+        self,
+        n_slots: int,
+        groups: Sequence[GroupShape],
+        *,
+        eviction: str = "s3fifo",
+        bus: events.Bus | None = None,
     ) -> None:
         self.bus = bus if bus is not None else events.Bus()
+        self.groups = tuple(groups)
+        # Prompts are resumed between blocks of every group.
+        self.align_tokens = math.lcm(*(shape.block_tokens for shape in self.groups))
         self._tier = HostTier(n_slots, eviction)
-        # Requests that have used what is here, or stored it; 0 where nothing is leased to them.
-        self._leases: dict[str, int] = {}
+        # Requests that have used what is here, or stored it.
+        self._held: dict[str, _Held] = {}
         self._evictions_told = 0
 
-    def match(self, keys: Keys, start: int = 0) -> int:
-        """Blocks of the longest published prefix of `keys`; `keys[:start]` are known to be here."""
-        return self._tier.match(keys, start)
+    # -- reading -----------------------------------------------------------------------------
 
-    def acquire(self, request_id: str, keys: Keys, *, start: int, limit: int) -> Grant:
-        """The blocks `[start, n)` that are here, leased to `request_id` until `release`.
+    def acquire(self, request_id: str, chains: Sequence[Keys], *, start: int, limit: int) -> Grant:
+        """What is needed to resume the prompt as far on as can be, leased until `release`.
 
-        Idempotent for a request: asked again, it answers for the state of now, holds one lease
-        and counts as one use of the prefix. The prefix is validated again after it is held, so
-        what is granted is here (I3).
+        Idempotent for a request: asked again, it answers for the state of now, holds the leases
+        of one answer and counts as one use of the prefix. What is granted was found again after
+        it was held, so it is here (I3).
 
         Args:
-            request_id: who holds the lease.
-            keys: the prompt's block keys, 32 bytes each.
-            start: blocks the caller has already.
-            limit: blocks the caller can use at most.
+            request_id: who holds the leases.
+            chains: the prompt's block keys of each group, 32 bytes each.
+            start: tokens the caller has already, whole blocks.
+            limit: tokens the caller can use at most.
         """
-        first = request_id not in self._leases
-        lease, n_blocks, slots, generations = self._tier.acquire(keys, start, limit, use=first)
-        held = self._leases.get(request_id, 0)
-        if n_blocks or not first:
-            self._leases[request_id] = lease
-        if held:
-            self._tier.release(held)
-        missing = "none" if n_blocks >= limit else self.why(keys[n_blocks])
-        return Grant(start, n_blocks, slots, generations, missing)
+        held = self._held.get(request_id)
+        limit = max(start, limit - limit % self.align_tokens)
+        stop = self.match(chains, start, limit)
+        fresh = _Held()
+        try:
+            parts = self._lease(fresh, chains, start, stop, use=held is None)
+            missing = "none" if stop >= limit else self._why_not(chains, stop)
+        except BaseException:
+            self._let_go(fresh)
+            raise
+        if parts is None:
+            self._let_go(fresh)
+            stop, parts, missing, fresh = start, (), "evicted", _Held()
+        if held is not None:
+            self._let_go(held)
+        if fresh.used or held is not None:
+            self._held[request_id] = fresh
+        return Grant(start, stop, parts, missing)
 
-    def why(self, key: bytes) -> str:
-        """Why a block is not here: new, pending, evicted, quarantined, cleared or abandoned."""
-        reason = self._tier.why(key)
-        return "new" if reason == "unknown" else reason
+    def match(self, chains: Sequence[Keys], start: int, limit: int) -> int:
+        """The last point up to `limit` after which every group has all it reads; else `start`.
 
-    def hold(self, request_id: str, keys: Keys, n_blocks: int) -> None:
+        No use of what is there, and no promise beyond the call: `acquire` is both.
+        """
+        stop = limit
+        for shape, keys in zip(self.groups, chains, strict=True):
+            if shape.closed:
+                known = min(start // shape.block_tokens, len(keys))
+                stop = min(stop, self._tier.match(keys, known) * shape.block_tokens)
+        singles = [(s, k) for s, k in zip(self.groups, chains, strict=True) if not s.closed]
+        while True:
+            stop -= stop % self.align_tokens
+            if stop <= start:
+                return start
+            before = stop
+            for shape, keys in singles:
+                stop = self._single_resume_point(shape, keys, start, stop)
+            if stop == before:
+                return stop
+
+    def _single_resume_point(self, shape: GroupShape, keys: Keys, start: int, stop: int) -> int:
+        low, end = start // shape.block_tokens, stop // shape.block_tokens
+        while end > low:
+            first = max(low, shape.first_needed(end * shape.block_tokens))
+            # [first, end)  must be here; a gap is in the reach of every point down to itself
+            gap = next((i for i in range(end - 1, first - 1, -1) if not self._has(keys[i])), None)
+            if gap is None:
+                return end * shape.block_tokens
+            end = gap
+        return start
+
+    def _has(self, key: bytes) -> bool:
+        return self._tier.match([key]) == 1
+
+    def _lease(
+        self, held: _Held, chains: Sequence[Keys], start: int, stop: int, *, use: bool
+    ) -> tuple[Part, ...] | None:
+        """Leases what resuming after `stop` needs beyond `start`; None if some of it is gone."""
+        parts = []
+        for group, (shape, keys) in enumerate(zip(self.groups, chains, strict=True)):
+            low, end = start // shape.block_tokens, stop // shape.block_tokens
+            if shape.closed:
+                part = self._lease_chain(held, group, keys, low, end, use=use)
+            else:
+                first = shape.first_needed(stop)
+                if stop == start:
+                    self._use(keys[first:end], use=use)
+                    continue
+                part = self._lease_singles(held, group, keys, max(low, first), end, use=use)
+            if part is None:
+                return None
+            if len(part.slots):
+                parts.append(part)
+        return tuple(parts)
+
+    def _lease_chain(
+        self, held: _Held, group: int, keys: Keys, low: int, end: int, *, use: bool
+    ) -> Part | None:
+        lease, n, slots, generations = self._tier.acquire(keys, low, end, use=use)
+        held.used = held.used or n > 0
+        if lease:
+            held.chains[group] = lease
+        return None if n < end and end > low else Part(group, low, slots, generations)
+
+    def _lease_singles(
+        self, held: _Held, group: int, keys: Keys, first: int, end: int, *, use: bool
+    ) -> Part | None:
+        slots, generations = np.empty(end - first, np.int32), np.empty(end - first, np.uint64)
+        for i in range(end - first):
+            lease, n, slot, generation = self._tier.acquire([keys[first + i]], 0, 1, use=use)
+            if n == 0:
+                return None
+            held.used = True
+            held.single.append(lease)
+            slots[i], generations[i] = slot[0], generation[0]
+        return Part(group, first, slots, generations)
+
+    def _use(self, keys: Keys, *, use: bool) -> None:
+        """The caller has these blocks: that is a use of ours, if they are here."""
+        for key in keys if use else ():
+            lease, *_ = self._tier.acquire([key], 0, 1)
+            if lease:
+                self._tier.release(lease)
+
+    def _why_not(self, chains: Sequence[Keys], stop: int) -> str:
+        """Why the prompt is not resumed beyond `stop`: what the chains say comes first."""
+        pairs = zip(self.groups, chains, strict=True)
+        for shape, keys in sorted(pairs, key=lambda pair: not pair[0].closed):
+            reason = self._tier.why(keys[stop // shape.block_tokens])
+            if reason != "published":
+                known = reason != "unknown"
+                return reason if known else ("new" if shape.closed else "no_boundary")
+        return "no_boundary"
+
+    def hold(self, request_id: str, group: int, keys: Keys, n_blocks: int) -> None:
         """Extends the request's lease to the deepest published block of `keys[:n_blocks]`.
 
-        No use of them: what a request stores is used when another one asks for it.
+        No use of them: what a request stores is used when another one asks for it. Blocks by
+        themselves are not held: nothing that this request will store hangs below them.
         """
-        lease = self._leases.get(request_id, 0)
+        if not self.groups[group].closed:
+            return
+        held = self._held.get(request_id)
+        lease = held.chains.get(group, 0) if held is not None else 0
         if lease:
             self._tier.extend(lease, keys, n_blocks)
         else:
             lease, *_ = self._tier.acquire(keys, 0, n_blocks, use=False)
             if lease:
-                self._leases[request_id] = lease
+                self._held.setdefault(request_id, _Held()).chains[group] = lease
 
-    def reserve(self, request_id: str, keys: Keys, *, start: int, stop: int) -> Reservation:
-        """Room for blocks `[start, stop)`, invisible until `publish`."""
-        index, slots, generations, reason = self._tier.reserve(keys, start, stop)
+    # -- writing -----------------------------------------------------------------------------
+
+    def reserve(
+        self, request_id: str, group: int, keys: Keys, blocks: Sequence[int]
+    ) -> Reservation:
+        """Room for those of a group's blocks that are not here, invisible until `publish`.
+
+        Args:
+            request_id: for the event, when there is no room.
+            group: which group's.
+            keys: the prompt's keys in that group.
+            blocks: which blocks, rising; of a full-attention group, all up to the last of them.
+        """
+        if self.groups[group].closed:
+            stop = blocks[-1] + 1
+            start = self._tier.match(keys[:stop])
+            index, slots, generations, reason = self._tier.reserve(keys, start, stop)
+            reached = int(index[-1]) + 1 if len(index) else start
+            refused = stop - reached if reason else 0
+        else:
+            index, slots, generations, refused = self._reserve_singles(keys, blocks)
+            reason = "no_room"
         try:
-            refused = 0
-            if reason:
-                reached = int(index[-1]) + 1 if len(index) else start
-                refused = stop - reached
+            if refused:
                 self.bus.emit(events.Refused(request_id=request_id, blocks=refused, reason=reason))
             self._tell_evictions()
             return Reservation(index, slots, generations, refused)
         except BaseException:
             self._tier.abandon(slots, generations)
             raise
+
+    def _reserve_singles(
+        self, keys: Keys, blocks: Sequence[int]
+    ) -> tuple[Slots, Slots, Words, int]:
+        got: list[tuple[int, int, int]] = []
+        refused = 0
+        for i in blocks:
+            index, slots, generations, reason = self._tier.reserve([keys[i]], 0, 1)
+            refused += bool(reason)
+            if len(index):
+                got.append((i, int(slots[0]), int(generations[0])))
+        return (
+            np.array([i for i, _, _ in got], np.int32),
+            np.array([slot for _, slot, _ in got], np.int32),
+            np.array([generation for _, _, generation in got], np.uint64),
+            refused,
+        )
 
     def publish(self, slots: Slots, generations: Words, checksums: Words) -> int:
         """Makes acknowledged blocks visible, parents first; the answer is how many (I4)."""
@@ -150,10 +327,16 @@ class Cache:
         self.bus.emit(events.Quarantined(key=key.hex(), blocks=blocks, reason=reason))
         return blocks
 
+    # -- ending ------------------------------------------------------------------------------
+
     def release(self, request_id: str) -> None:
-        """Ends the request's lease; a request without one is fine."""
-        lease = self._leases.pop(request_id, 0)
-        if lease:
+        """Ends the request's leases; a request without any is fine."""
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            self._let_go(held)
+
+    def _let_go(self, held: _Held) -> None:
+        for lease in (*held.chains.values(), *held.single):
             self._tier.release(lease)
 
     def drop(self, reason: str) -> int:

@@ -6,28 +6,51 @@ import hashlib
 
 import msgspec
 
-__all__ = ["Namespace"]
+__all__ = ["GroupShape", "Namespace"]
+
+
+class GroupShape(msgspec.Struct, frozen=True):
+    """How one KV-cache group of a model cuts prompts into blocks, and what of them resuming needs.
+
+    Args:
+        block_tokens: tokens of a block.
+        reach_tokens: how many tokens before the point where a prompt is resumed the group reads:
+            None for full attention (all of them), window - 1 for a sliding window, 1 for a state.
+    """
+
+    block_tokens: int
+    reach_tokens: int | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether a block is of use only with all before it (I2)."""
+        return self.reach_tokens is None
+
+    def first_needed(self, n_tokens: int) -> int:
+        """The first block that is read by a request that resumes after `n_tokens`."""
+        if self.reach_tokens is None:
+            return 0
+        return max(0, n_tokens - self.reach_tokens) // self.block_tokens
 
 
 class Namespace(msgspec.Struct, frozen=True, kw_only=True):
     """All that makes stored KV valid for an engine; two engines that agree on it share blocks.
 
     Every field changes `digest`. `weights` is a digest of the *content* of the weight files: a
-    model's name says nothing of what is in them.
+    model's name says nothing of what is in them. `groups` describe the KV-cache groups: kind,
+    block size, bytes, layers.
     """
 
     weights: str
     model_config: str
     kv_dtype: str
     kv_layout: str
-    block_tokens: int
-    block_bytes: int
-    n_layers: int
+    groups: tuple[str, ...]
     tensor_parallel: int
     pipeline_parallel: int
     hash_algorithm: str
     hash_seed: str
-    scheme: int = 1
+    scheme: int = 2
 
     @property
     def digest(self) -> bytes:

@@ -8,6 +8,9 @@ import numpy as np
 
 from kvmem._core import HostTier
 from kvmem.cache import Cache
+from kvmem.types import GroupShape
+
+BLOCKS = (GroupShape(1),)  # one full-attention group; tokens and blocks are the same
 
 
 def chain(prompt: str, n: int, parent: bytes = b"") -> list[bytes]:
@@ -41,14 +44,12 @@ def turn(
     It asks `asks` times before it is scheduled, and computes `step` blocks at a time.
     """
     for _ in range(asks):
-        found = cache.acquire(request_id, keys, start=0, limit=len(keys)).n_blocks
+        found = cache.acquire(request_id, [keys], start=0, limit=len(keys)).n_blocks
     for stop in range(min(found + step, len(keys)), len(keys) + step, step):
         stop = min(stop, len(keys))
-        start = cache.match(keys[:stop])
-        if start < stop:
-            room = cache.reserve(request_id, keys, start=start, stop=stop)
-            cache.publish(room.slots, room.generations, np.ones(len(room.slots), np.uint64))
-        cache.hold(request_id, keys, stop)
+        room = cache.reserve(request_id, 0, keys, range(stop))
+        cache.publish(room.slots, room.generations, np.ones(len(room.slots), np.uint64))
+        cache.hold(request_id, 0, keys, stop)
     cache.release(request_id)
     return found
 

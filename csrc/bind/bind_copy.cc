@@ -60,18 +60,22 @@ void RequireDistinct(std::vector<int32_t> ids, const char* message) {
 // A SlotCopier that keeps the arena's mapping alive.
 class PySlotCopier {
  public:
-  PySlotCopier(Buffer arena, int threads, const std::string& cpu_path) : arena_(std::move(arena)) {
+  PySlotCopier(Buffer arena, int threads, int64_t rank, const std::string& cpu_path)
+      : arena_(std::move(arena)) {
     Require(threads >= 1 && threads <= 64, "threads must be 1 to 64");
+    Require(rank >= 0 && rank < kMaxRanks, "rank must be 0 to 1023");
     std::string error;
     const auto base = reinterpret_cast<std::byte*>(arena_.data());
-    const std::optional<SlotTable> table = SlotTable::Open(base, arena_.size(), &error);
+    const std::optional<SlotTable> table =
+        SlotTable::Open(base, arena_.size(), static_cast<uint32_t>(rank), &error);
     if (!table) throw nb::value_error(error.c_str());
     copier_ = std::make_unique<SlotCopier>(*table, threads, ChoosePath(cpu_path));
   }
 
   void RegisterLayers(Vector<uint64_t> base, Vector<uint64_t> stride, Vector<uint64_t> piece,
-                      int64_t n_blocks) {
-    Require(!copier_->registered(), "layers are registered already");
+                      int64_t n_blocks, size_t group) {
+    Require(group < SlotCopier::kMaxGroups, "group must be 0 to 63");
+    Require(!copier_->registered(group), "layers of this group are registered already");
     Require(base.size() > 0 && base.size() == stride.size() && base.size() == piece.size(),
             "base, stride and piece must have the same length, at least 1");
     Require(n_blocks > 0, "n_blocks must be positive");
@@ -81,7 +85,8 @@ class PySlotCopier {
           {reinterpret_cast<std::byte*>(base.data()[i]), stride.data()[i], piece.data()[i]});
     }
     std::string error;
-    if (!copier_->RegisterLayers(std::move(layers), static_cast<uint64_t>(n_blocks), &error)) {
+    if (!copier_->RegisterLayers(group, std::move(layers), static_cast<uint64_t>(n_blocks),
+                                 &error)) {
       throw nb::value_error(error.c_str());
     }
   }
@@ -89,8 +94,8 @@ class PySlotCopier {
   std::tuple<NewVector<uint8_t>, NewVector<uint64_t>> Store(Vector<int32_t> block_ids,
                                                             Vector<int32_t> slots,
                                                             Vector<uint64_t> generations,
-                                                            nb::bytes keys) {
-    const OwnedRequest owned = Own(block_ids, slots, generations, keys);
+                                                            nb::bytes keys, size_t group) {
+    const OwnedRequest owned = Own(block_ids, slots, generations, keys, group);
     RequireDistinct(owned.slots, "a slot is in slots twice");
     const CopyRequest request = owned.View();
     NewVector<uint8_t> status = Zeros<uint8_t>(request.n);
@@ -105,8 +110,9 @@ class PySlotCopier {
   }
 
   NewVector<uint8_t> Load(Vector<int32_t> block_ids, Vector<int32_t> slots,
-                          Vector<uint64_t> generations, nb::bytes keys, Vector<uint8_t> verify) {
-    const OwnedRequest owned = Own(block_ids, slots, generations, keys);
+                          Vector<uint64_t> generations, nb::bytes keys, Vector<uint8_t> verify,
+                          size_t group) {
+    const OwnedRequest owned = Own(block_ids, slots, generations, keys, group);
     RequireDistinct(owned.block_ids, "a block is in block_ids twice");
     const CopyRequest request = owned.View();
     Require(verify.size() == request.n, "verify must be as long as block_ids");
@@ -132,16 +138,17 @@ class PySlotCopier {
     std::vector<int32_t> slots;
     std::vector<uint64_t> generations;
     nb::bytes keys;
+    size_t group;
 
     CopyRequest View() const {
-      return {block_ids.size(), block_ids.data(), slots.data(), generations.data(),
-              reinterpret_cast<const std::byte*>(keys.c_str())};
+      return {group,        block_ids.size(),   block_ids.data(),
+              slots.data(), generations.data(), reinterpret_cast<const std::byte*>(keys.c_str())};
     }
   };
 
   OwnedRequest Own(const Vector<int32_t>& block_ids, const Vector<int32_t>& slots,
-                   const Vector<uint64_t>& generations, const nb::bytes& keys) const {
-    Require(copier_->registered(), "register_layers() comes before store() and load()");
+                   const Vector<uint64_t>& generations, const nb::bytes& keys, size_t group) const {
+    Require(copier_->registered(group), "register_layers() comes before store() and load()");
     const size_t n = block_ids.size();
     Require(slots.size() == n && generations.size() == n,
             "block_ids, slots and generations must have the same length");
@@ -149,7 +156,8 @@ class PySlotCopier {
     return {{block_ids.data(), block_ids.data() + n},
             {slots.data(), slots.data() + n},
             {generations.data(), generations.data() + n},
-            keys};
+            keys,
+            group};
   }
 
   Buffer arena_;
@@ -233,26 +241,27 @@ void RegisterCopy(nb::module_& m) {
         "ids differ.");
   nb::class_<PySlotCopier>(
       m, "SlotCopier",
-      "Moves blocks between device memory and an arena's slots, and checks what comes back.\n\n"
+      "Moves blocks between device memory and one rank's shares of an arena's slots, and checks\n"
+      "what comes back.\n\n"
       "Statuses: 0 ok, 1 the slot holds another block, 2 the slot has moved on (seen before or\n"
       "after the copy), 3 the bytes are not the ones stored, 4 no such block or slot. On any but "
       "0\n"
       "the block's bytes are undefined. Keeps the arena's buffer alive.")
-      .def(nb::init<Buffer, int, const std::string&>(), "arena"_a.noconvert(), "threads"_a,
-           "cpu_path"_a = "auto")
+      .def(nb::init<Buffer, int, int64_t, const std::string&>(), "arena"_a.noconvert(), "threads"_a,
+           "rank"_a = 0, "cpu_path"_a = "auto")
       .def("register_layers", &PySlotCopier::RegisterLayers, "base"_a.noconvert(),
-           "stride"_a.noconvert(), "piece"_a.noconvert(), "n_blocks"_a,
-           "Tells where block i of each layer lies: piece bytes at base + i * stride. The memory\n"
-           "stays the caller's and must outlive the copier's use.")
+           "stride"_a.noconvert(), "piece"_a.noconvert(), "n_blocks"_a, "group"_a = 0,
+           "Tells where block i of each layer of a KV-cache group lies: piece bytes at\n"
+           "base + i * stride. The memory stays the caller's and must outlive the copier's use.")
       .def(
           "store", &PySlotCopier::Store, "block_ids"_a.noconvert(), "slots"_a.noconvert(),
-          "generations"_a.noconvert(), "keys"_a,
+          "generations"_a.noconvert(), "keys"_a, "group"_a = 0,
           "Device to arena: (status uint8 [n], XXH3-64 of each slot uint64 [n], 0 unless stored).\n"
           "A generation that the slot has already passed is refused with 2. Raises ValueError when "
           "a\n"
           "slot is named twice.")
       .def("load", &PySlotCopier::Load, "block_ids"_a.noconvert(), "slots"_a.noconvert(),
-           "generations"_a.noconvert(), "keys"_a, "verify"_a.noconvert(),
+           "generations"_a.noconvert(), "keys"_a, "verify"_a.noconvert(), "group"_a = 0,
            "Arena to device: status uint8 [n]. verify[i] != 0 compares the checksum of the bytes\n"
            "that were written to the block. Raises ValueError when a block is named twice.")
       .def_prop_ro("threads", &PySlotCopier::threads)

@@ -2,10 +2,11 @@
 // proves that what comes back is what went in.
 //
 // Thread safety: Store() and Load() may be called from any thread, also at the same time.
-// RegisterLayers() comes before either, once.
+// RegisterLayers() comes before either, once for each KV-cache group.
 //
-// A block is `n_layers` pieces, each at base[layer] + block_id * stride[layer]; a slot is the same
-// pieces side by side. The checksum is XXH3-64 of the slot's bytes in that order, taken from the
+// A block of a group is `n_layers` pieces, each at base[layer] + block_id * stride[layer]; a slot
+// holds the same pieces side by side, and may have room left. The checksum is XXH3-64 of those
+// bytes in that order, taken from the
 // bytes as they were written to the destination: from the registers that were stored, or from a
 // private buffer between the two sides. So a source that changes during the copy cannot make a
 // wrong destination pass (I5).
@@ -19,6 +20,7 @@
 //       block's bytes are undefined and must be computed.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -38,7 +40,7 @@ enum class CopyStatus : uint8_t {
   kRange = 4,       // no such block or slot
 };
 
-// One layer of the device cache.
+// One piece of every block: a layer of the device cache, or one of a layer's states.
 struct Layer {
   std::byte* base;
   uint64_t stride;  // bytes from a block to the next
@@ -47,6 +49,7 @@ struct Layer {
 
 // What to copy; every array has n entries, keys 32 * n bytes. Owned by the caller.
 struct CopyRequest {
+  size_t group;
   size_t n;
   const int32_t* block_ids;
   const int32_t* slots;
@@ -59,19 +62,21 @@ class SlotCopier {
   // `threads` counts the caller.
   SlotCopier(SlotTable table, int threads, CpuPath path);
 
-  // False and a sentence in *error when the layers do not make a slot.
-  // ENSURES: on false nothing has changed.
-  bool RegisterLayers(std::vector<Layer> layers, uint64_t n_blocks, std::string* error);
-  bool registered() const { return !layers_.empty(); }
+  // False and a sentence in *error when the layers are no memory or a slot can't hold them.
+  // ENSURES: on false nothing has changed. REQUIRES: !registered(group), group < kMaxGroups.
+  bool RegisterLayers(size_t group, std::vector<Layer> layers, uint64_t n_blocks,
+                      std::string* error);
+  bool registered(size_t group) const { return group < kMaxGroups && groups_[group].bytes > 0; }
+  static constexpr size_t kMaxGroups = 64;
 
   // Device to arena. kGeneration: the slot already has this generation or a later one (unless it
   // holds the very same block complete: then kOk and its checksum, and nothing is copied).
-  // REQUIRES: registered(); the slots differ; no block changes and no slot is given away until
-  // this returns (I3).
+  // REQUIRES: registered(request.group); the slots differ; no block changes and no slot is given
+  // away until this returns (I3).
   void Store(const CopyRequest& request, CopyStatus* status, uint64_t* checksums);
 
-  // Arena to device; verify[i] != 0 compares the checksum. REQUIRES: registered(); the blocks
-  // differ and are the caller's to write.
+  // Arena to device; verify[i] != 0 compares the checksum. REQUIRES: registered(request.group);
+  // the blocks differ and are the caller's to write.
   void Load(const CopyRequest& request, const uint8_t* verify, CopyStatus* status);
 
   const SlotTable& table() const { return table_; }
@@ -80,12 +85,19 @@ class SlotCopier {
 
  private:
   struct Job;
+  struct Group {
+    std::vector<Layer> layers;
+    uint64_t n_blocks = 0;
+    uint64_t bytes = 0;  // of a block; 0 until it is registered
+    bool in_step_to_arena = false;
+    bool in_step_to_device = false;
+  };
   enum class Direction { kToArena, kToDevice };
 
   bool InRange(const CopyRequest& request, size_t i) const;
-  void StoreGroup(const Job& job, size_t first, size_t count);
-  void LoadGroup(const Job& job, size_t first, size_t count);
-  void Run(const Job& job, size_t n, void (SlotCopier::*group)(const Job&, size_t, size_t));
+  void StoreSome(const Job& job, size_t first, size_t count);
+  void LoadSome(const Job& job, size_t first, size_t count);
+  void Run(const Job& job, size_t n, void (SlotCopier::*some)(const Job&, size_t, size_t));
   // Copies up to kMaxLanes blocks and gives the digest of each.
   void CopyHashed(const Job& job, Direction direction, const size_t* items, int n_items,
                   uint64_t* digests);
@@ -98,11 +110,8 @@ class SlotCopier {
   const SlotTable table_;
   const CopyKernels* const kernels_;
 
-  // Immutable after RegisterLayers().
-  std::vector<Layer> layers_;
-  uint64_t n_blocks_ = 0;
-  bool in_step_to_arena_ = false;
-  bool in_step_to_device_ = false;
+  // Each immutable after its RegisterLayers().
+  std::array<Group, kMaxGroups> groups_;
 
   ThreadPool pool_;
 };

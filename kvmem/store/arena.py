@@ -84,12 +84,13 @@ class Arena:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of a block."""
+        """Bytes of a rank's share of a block."""
         return self.header.slot_bytes
 
-    def data_of(self, slot: int) -> int:
-        """Where a slot's bytes begin."""
-        return self.header.data_offset + slot * self.header.slot_stride
+    def data_of(self, slot: int, rank: int = 0) -> int:
+        """Where the bytes of a rank's share of a slot begin."""
+        share = slot * self.header.ranks + rank
+        return self.header.data_offset + share * self.header.slot_stride
 
     # -- life --------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class Arena:
         n_slots: int,
         slot_bytes: int,
         namespace: bytes,
-        group: int,
+        ranks: int = 1,
         label: str = "",
     ) -> Arena:
         """A new arena of zeros, all of its memory reserved, owned by this process.
@@ -111,9 +112,9 @@ class Arena:
         Args:
             name: see the setting `arena`.
             n_slots: blocks it holds.
-            slot_bytes: bytes of a block.
+            slot_bytes: bytes of a rank's share of a block.
             namespace: 32 bytes; see `kvmem.types.Namespace.digest`.
-            group: the KV-cache group's index.
+            ranks: workers that each keep a share of every block.
             label: for people: the model's name.
 
         Raises:
@@ -127,7 +128,7 @@ class Arena:
             n_slots=n_slots,
             slot_bytes=slot_bytes,
             namespace=namespace,
-            group=group,
+            ranks=ranks,
             uid=os.getuid(),
             owner_pid=os.getpid(),
             owner_start=_start_time(os.getpid()),
@@ -422,8 +423,8 @@ def _check_shape(header: Header) -> None:
     """What the caller gave: our own code's duty, not a setting's."""
     if not 0 < header.n_slots < 2**31 or not 0 < header.slot_bytes <= 2**46:
         raise ValueError(f"{header.n_slots} slots of {header.slot_bytes} bytes are no arena")
-    if len(header.namespace) != 32 or not 0 <= header.group < 2**32:
-        raise ValueError("an arena needs a namespace of 32 bytes and a group of 32 bits")
+    if len(header.namespace) != 32 or not 1 <= header.ranks <= 1024:
+        raise ValueError("an arena needs a namespace of 32 bytes and 1 to 1,024 ranks")
 
 
 def _start_time(pid: int) -> int:

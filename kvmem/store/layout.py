@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 MAGIC = b"KVMEMARN"
-VERSION = 1
+VERSION = 2
 BYTE_ORDER = 0x01020304
 HEADER_BYTES = 4096
 DESCRIPTOR_BYTES = 128
@@ -40,20 +40,23 @@ def _up(value: int, to: int) -> int:
     return -(-value // to) * to
 
 
-def slots_within(budget_bytes: int, slot_bytes: int) -> int:
+def slots_within(budget_bytes: int, slot_bytes: int, *, ranks: int = 1) -> int:
     """How many slots an arena of at most `budget_bytes` holds, all its parts counted (I7)."""
-    each = _up(slot_bytes, SLOT_ALIGN) + DESCRIPTOR_BYTES
+    each = ranks * (_up(slot_bytes, SLOT_ALIGN) + DESCRIPTOR_BYTES)
     fixed = HEADER_BYTES + STATS_BYTES + 4096 + DATA_ALIGN  # with both roundings at their worst
     return max(0, (budget_bytes - fixed) // each)
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """The first page: geometry, namespace and owner. Immutable once the file has a name."""
+    """The first page: geometry, namespace and owner. Immutable once the file has a name.
+
+    A slot is `ranks` shares of `slot_bytes` side by side, each with a descriptor.
+    """
 
     n_slots: int
     slot_bytes: int
     namespace: bytes
-    group: int
+    ranks: int
     uid: int
     owner_pid: int
     owner_start: int
@@ -62,13 +65,13 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slot_stride(self) -> int:
-        """Bytes from a slot to the next."""
+        """Bytes from a share to the next."""
         return _up(self.slot_bytes, SLOT_ALIGN)
 
     @property
     def stats_offset(self) -> int:
         """Where the stats region begins; the descriptors end at or before it."""
-        return _up(HEADER_BYTES + self.n_slots * DESCRIPTOR_BYTES, 4096)
+        return _up(HEADER_BYTES + self.n_slots * self.ranks * DESCRIPTOR_BYTES, 4096)
 
     @property
     def data_offset(self) -> int:
@@ -78,7 +81,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total_bytes(self) -> int:
         """The file's size."""
-        return self.data_offset + self.n_slots * self.slot_stride
+        return self.data_offset + self.n_slots * self.ranks * self.slot_stride
 
     def encode(self) -> bytes:
         """The page's 4,096 bytes."""
@@ -94,7 +97,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
             self.stats_offset,
             STATS_BYTES,
             self.data_offset,
-            self.group,
+            self.ranks,
             self.uid,
             self.owner_pid,
             self.owner_start,
@@ -131,7 +134,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         header = cls(
             n_slots=fields[4],
             slot_bytes=fields[5],
-            group=fields[11],
+            ranks=fields[11],
             uid=fields[12],
             owner_pid=fields[13],
             owner_start=fields[14],

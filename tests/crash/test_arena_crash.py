@@ -17,7 +17,7 @@ from kvmem.store.layout import HEADER_BYTES
 
 CREATE = """
 from kvmem.store.arena import Arena
-arena = Arena.create({name!r}, n_slots=8, slot_bytes=1000, namespace=b"n" * 32, group=0)
+arena = Arena.create({name!r}, n_slots=8, slot_bytes=1000, namespace=b"n" * 32)
 """
 OPEN = """
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_the_name_of_a_killed_owner_leads_nowhere_and_is_swept(arena_name: str) 
 def test_the_name_of_a_killed_owner_is_free_for_the_next(arena_name: str) -> None:
     with child(CREATE.format(name=arena_name) + WAIT) as owner:
         kill(owner)
-    arena = Arena.create(arena_name, n_slots=2, slot_bytes=64, namespace=b"m" * 32, group=0)
+    arena = Arena.create(arena_name, n_slots=2, slot_bytes=64, namespace=b"m" * 32)
     assert arena.header.namespace == b"m" * 32
     arena.close(unlink=True)
 
@@ -100,7 +100,7 @@ def test_a_worker_outliving_its_scheduler_keeps_its_bytes_until_it_ends(arena_na
 
 
 def test_a_killed_worker_does_not_cost_its_scheduler_the_arena(arena_name: str) -> None:
-    arena = Arena.create(arena_name, n_slots=2, slot_bytes=64, namespace=b"m" * 32, group=0)
+    arena = Arena.create(arena_name, n_slots=2, slot_bytes=64, namespace=b"m" * 32)
     with child(OPEN.format(path=str(arena.path)) + WAIT) as worker:
         kill(worker)
     assert arena.path not in sweep()

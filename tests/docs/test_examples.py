@@ -52,7 +52,7 @@ def test_readme_block_is_the_file(path: str) -> None:
 
 def test_keys_and_cache_run_without_an_engine() -> None:
     lines = run("examples/01_offline.py")
-    assert lines == ["2 of 4 blocks are here; the next is missing because it is new"]
+    assert lines == ["32 of 64 tokens are here; the next block is missing because it is new"]
 
 
 @pytest.mark.engine

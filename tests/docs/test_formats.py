@@ -19,6 +19,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="u
 SPACE = bytes(range(32))
 KEYS = b"a" * 32 + b"b" * 32
 PIECE = 500
+RANK = 1
 
 Fields = dict[str, int | bytes | str]
 
@@ -46,7 +47,7 @@ def parse(title: str, data: bytes) -> Fields:
 @pytest.fixture
 def arena(arena_name: str) -> Iterator[Arena]:
     arena = Arena.create(
-        arena_name, n_slots=3, slot_bytes=2 * PIECE, namespace=SPACE, group=5, label="SmolLM2"
+        arena_name, n_slots=3, slot_bytes=2 * PIECE, namespace=SPACE, ranks=2, label="SmolLM2"
     )
     yield arena
     arena.close(unlink=True)
@@ -56,15 +57,16 @@ def arena(arena_name: str) -> Iterator[Arena]:
 def stored(arena: Arena) -> tuple[Arena, bytes]:
     """An arena with blocks 1 and 0 in slots 0 and 2 at generations 7 and 9; block 0's bytes."""
     device = np.random.default_rng(3).integers(0, 256, (2, 2, PIECE), dtype=np.uint8)
-    copier = SlotCopier(arena.buffer, threads=1)
+    copier = SlotCopier(arena.buffer, threads=1, rank=RANK)
     copier.register_layers(
         np.array([layer.ctypes.data for layer in device], np.uint64),
         np.full(2, PIECE, np.uint64),
         np.full(2, PIECE, np.uint64),
         2,
+        group=5,
     )
     ids, slots = np.array([1, 0], np.int32), np.array([0, 2], np.int32)
-    status, _ = copier.store(ids, slots, np.array([7, 9], np.uint64), KEYS)
+    status, _ = copier.store(ids, slots, np.array([7, 9], np.uint64), KEYS, group=5)
     assert status.tolist() == [0, 0]
     return arena, device[:, 0].tobytes()
 
@@ -90,7 +92,7 @@ def test_a_real_header_reads_as_the_page_says(arena: Arena) -> None:
     assert fields["stats_offset"] == 8192
     assert fields["stats_bytes"] == 65536
     assert fields["data_offset"] == 2 << 20
-    assert (fields["group"], fields["namespace"], fields["label"]) == (5, SPACE, "SmolLM2")
+    assert (fields["ranks"], fields["namespace"], fields["label"]) == (2, SPACE, "SmolLM2")
     assert (fields["uid"], fields["owner_pid"]) == (header.uid, header.owner_pid)
     assert (fields["owner_start"], fields["creator"]) == (header.owner_start, header.creator)
     assert not any(data[296:4088])
@@ -102,7 +104,7 @@ def test_a_real_descriptor_reads_as_the_page_says(stored: tuple[Arena, bytes]) -
     data = arena.path.read_bytes()
     header = parse("header", data)
     assert isinstance(header["descriptors_offset"], int)
-    fields = parse("descriptor", data[header["descriptors_offset"] + 2 * 128 :][:128])
+    fields = parse("descriptor", data[header["descriptors_offset"] + (2 * 2 + RANK) * 128 :][:128])
     assert fields["stamp"] == 9 * 4 + 2
     assert (fields["group"], fields["length"]) == (5, 1000)
     assert (fields["key"], fields["namespace"]) == (KEYS[32:], SPACE)
@@ -115,13 +117,15 @@ def test_the_slot_holds_the_pieces_side_by_side(stored: tuple[Arena, bytes]) -> 
     header = parse("header", arena.path.read_bytes()[:4096])
     assert isinstance(header["data_offset"], int)
     assert isinstance(header["slot_stride"], int)
-    at = header["data_offset"] + 2 * header["slot_stride"]
+    at = header["data_offset"] + (2 * 2 + RANK) * header["slot_stride"]
     assert arena.path.read_bytes()[at : at + len(block)] == block
 
 
 def test_an_empty_slot_has_stamp_zero(stored: tuple[Arena, bytes]) -> None:
     data = stored[0].path.read_bytes()
-    assert parse("descriptor", data[4096 + 128 :][:128])["stamp"] == 0
+    stamps = [parse("descriptor", data[4096 + 128 * i :][:128])["stamp"] for i in range(6)]
+    # Slots 0 and 2 of the second of two ranks; rank 0's shares were never written.
+    assert [bool(stamp) for stamp in stamps] == [False, True, False, False, False, True]
 
 
 def test_real_stats_read_as_the_page_says(arena: Arena) -> None:
@@ -142,7 +146,7 @@ def test_the_example_is_what_its_header_encodes_to() -> None:
         n_slots=2,
         slot_bytes=1000,
         namespace=SPACE,
-        group=0,
+        ranks=1,
         uid=1000,
         owner_pid=4242,
         owner_start=123456,
@@ -154,7 +158,7 @@ def test_the_example_is_what_its_header_encodes_to() -> None:
     assert re.findall(r"^[0-9a-f]{6}  .*$", section("header"), re.MULTILINE) == written
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [1, 3])
 def test_any_other_version_is_refused_by_both_sides(arena: Arena, version: int) -> None:
     arena.buffer[8:12] = version.to_bytes(4, "little")
     with pytest.raises(ArenaError, match=f"version {version}"):

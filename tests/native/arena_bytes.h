@@ -17,16 +17,19 @@ namespace kvmem {
 
 class TestArena {
  public:
-  TestArena(uint64_t n_slots, uint64_t slot_bytes) : TestArena(Header(n_slots, slot_bytes)) {}
+  TestArena(uint64_t n_slots, uint64_t slot_bytes, uint32_t ranks = 1)
+      : TestArena(Header(n_slots, slot_bytes, ranks)) {}
 
   // The header's checksum made right again after a change of it.
   ArenaHeader* header() { return reinterpret_cast<ArenaHeader*>(base()); }
   void Seal() { header()->checksum = Xxh3_64(header(), offsetof(ArenaHeader, checksum)); }
 
-  bool Opens(std::string* error) { return SlotTable::Open(base(), bytes_, error).has_value(); }
-  SlotTable table() {
+  bool Opens(std::string* error, uint32_t rank = 0) {
+    return SlotTable::Open(base(), bytes_, rank, error).has_value();
+  }
+  SlotTable table(uint32_t rank = 0) {
     std::string error;
-    const std::optional<SlotTable> table = SlotTable::Open(base(), bytes_, &error);
+    const std::optional<SlotTable> table = SlotTable::Open(base(), bytes_, rank, &error);
     CHECK(table.has_value());
     return *table;
   }
@@ -37,7 +40,7 @@ class TestArena {
     std::memcpy(base(), &h, sizeof h);
   }
 
-  static ArenaHeader Header(uint64_t n_slots, uint64_t slot_bytes) {
+  static ArenaHeader Header(uint64_t n_slots, uint64_t slot_bytes, uint32_t ranks) {
     ArenaHeader h = {};
     std::memcpy(h.magic, kArenaMagic, sizeof h.magic);
     h.version = kArenaVersion;
@@ -46,10 +49,11 @@ class TestArena {
     h.slot_bytes = slot_bytes;
     h.slot_stride = RoundUp(slot_bytes, kSlotAlign);
     h.descriptors_offset = kArenaHeaderBytes;
-    h.stats_offset = RoundUp(kArenaHeaderBytes + n_slots * sizeof(SlotDescriptor), 4096);
+    h.ranks = ranks;
+    h.stats_offset = RoundUp(kArenaHeaderBytes + n_slots * ranks * sizeof(SlotDescriptor), 4096);
     h.stats_bytes = 65536;
     h.data_offset = RoundUp(h.stats_offset + h.stats_bytes, kArenaAlign);
-    h.total_bytes = h.data_offset + n_slots * h.slot_stride;
+    h.total_bytes = h.data_offset + n_slots * ranks * h.slot_stride;
     h.checksum = Xxh3_64(&h, offsetof(ArenaHeader, checksum));
     return h;
   }

@@ -59,7 +59,7 @@ class Device {
       layers.push_back({layers_[k]->data(), strides_[k], pieces_[k]});
     }
     std::string error;
-    CHECK(copier.RegisterLayers(layers, kBlocks, &error));
+    CHECK(copier.RegisterLayers(0, layers, kBlocks, &error));
   }
   // Overwrites the blocks to load to.
   void Spoil(int with) const {
@@ -107,7 +107,7 @@ struct Batch {
     keys.insert(keys.end(), key.begin(), key.end());
   }
   CopyRequest request() const {
-    return {slots.size(), blocks.data(), slots.data(), generations.data(), keys.data()};
+    return {0, slots.size(), blocks.data(), slots.data(), generations.data(), keys.data()};
   }
 };
 

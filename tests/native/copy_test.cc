@@ -53,10 +53,10 @@ class Device {
   std::byte* Piece(int layer, size_t block) {
     return base_ + (static_cast<size_t>(layer) * n_blocks_ + block) * stride_;
   }
-  void Register(SlotCopier& copier) {
+  void Register(SlotCopier& copier, size_t group = 0) {
     std::string error;
     CHECK(copier.RegisterLayers(
-        {{Piece(0, 0), stride_, pieces_[0]}, {Piece(1, 0), stride_, pieces_[1]}}, n_blocks_,
+        group, {{Piece(0, 0), stride_, pieces_[0]}, {Piece(1, 0), stride_, pieces_[1]}}, n_blocks_,
         &error));
   }
   void Fill(size_t block, uint64_t slot, uint64_t generation) {
@@ -88,18 +88,19 @@ class Device {
 };
 
 CopyStatus Store(SlotCopier& copier, int32_t block, int32_t slot, uint64_t generation,
-                 uint64_t* checksum) {
+                 uint64_t* checksum, size_t group = 0) {
   const Key key = KeyOf(static_cast<uint64_t>(slot), generation);
   CopyStatus status;
-  copier.Store({1, &block, &slot, &generation, key.data()}, &status, checksum);
+  copier.Store({group, 1, &block, &slot, &generation, key.data()}, &status, checksum);
   return status;
 }
 
-CopyStatus Load(SlotCopier& copier, int32_t block, int32_t slot, uint64_t generation, bool verify) {
+CopyStatus Load(SlotCopier& copier, int32_t block, int32_t slot, uint64_t generation, bool verify,
+                size_t group = 0) {
   const Key key = KeyOf(static_cast<uint64_t>(slot), generation);
   const uint8_t flag = verify;
   CopyStatus status;
-  copier.Load({1, &block, &slot, &generation, key.data()}, &flag, &status);
+  copier.Load({group, 1, &block, &slot, &generation, key.data()}, &flag, &status);
   return status;
 }
 
@@ -187,7 +188,7 @@ void TakeAndFillAgain() {
   GiveSlotAway();
   const Key key = KeyOf(0, 2);
   const uint64_t checksum = Xxh3_64(interrupted_table->Data(0), interrupted_bytes);
-  interrupted_table->Complete(0, 2, key.data(), checksum);
+  interrupted_table->Complete(0, 2, {0, interrupted_bytes, key.data()}, checksum);
 }
 void ChangeSource() {
   for (int layer : {0, 1}) std::memset(interrupted_device->Piece(layer, 0), 0xDD, kPage);
@@ -292,6 +293,68 @@ void TestWrongGeometryIsRefused() {
   CHECK(refused([](ArenaHeader* h) { h->data_offset += kArenaAlign; }));
   CHECK(refused([](ArenaHeader* h) { h->total_bytes += 1; }));
   CHECK(refused([](ArenaHeader* h) { h->version += 1; }));
+  CHECK(refused([](ArenaHeader* h) { h->ranks = 0; }));
+  CHECK(refused([](ArenaHeader* h) { h->ranks = 2; }));
+  CHECK(refused([](ArenaHeader* h) { h->ranks = kMaxRanks + 1; }));
+}
+
+// ---- ranks --------------------------------------------------------------------------------------
+
+void TestRanksShareNothing() {
+  constexpr uint32_t kRanks = 3;
+  constexpr size_t kBytes = 1000;
+  TestArena arena(2, kBytes, kRanks);
+  std::string error;
+  CHECK(!arena.Opens(&error, kRanks));
+  for (uint32_t rank = 0; rank < kRanks; ++rank) {
+    const SlotTable table = arena.table(rank);
+    for (uint64_t slot : {0, 1}) {
+      CHECK(table.Generation(slot) == 0);  // no other rank's claim is seen here
+      CHECK(table.Claim(slot, rank + 1));
+      std::memset(table.Data(slot), static_cast<int>(16 * rank + slot), kBytes);
+      const Key key = KeyOf(slot, rank);
+      CHECK(table.Complete(slot, rank + 1, {rank, kBytes, key.data()}, rank));
+    }
+  }
+  for (uint32_t rank = 0; rank < kRanks; ++rank) {
+    const SlotTable table = arena.table(rank);
+    for (uint64_t slot : {0, 1}) {
+      const Key key = KeyOf(slot, rank);
+      CHECK(table.IsComplete(slot, rank + 1) &&
+            table.HasIdentity(slot, {rank, kBytes, key.data()}));
+      CHECK(!table.HasIdentity(slot, {rank + 1, kBytes, key.data()}));
+      CHECK(!table.HasIdentity(slot, {rank, kBytes - 1, key.data()}));
+      for (size_t at = 0; at < kBytes; ++at) {
+        CHECK(table.Data(slot)[at] == std::byte(16 * rank + slot));
+      }
+    }
+  }
+}
+
+// ---- groups -------------------------------------------------------------------------------------
+
+// Two groups whose blocks differ in bytes take turns in one slot.
+void TestGroupsTakeTurnsInASlot(CpuPath path) {
+  TestArena arena(1, 6000);
+  Device large(2, 4000, 2000);
+  Device small(2, 1024, 700);
+  SlotCopier copier(arena.table(), 1, path);
+  std::string error;
+  CHECK(!copier.RegisterLayers(2, {{large.Piece(0, 0), 8192, 6001}}, 2, &error));  // no room
+  CHECK(!copier.registered(2));
+  large.Register(copier);
+  small.Register(copier, 1);
+  uint64_t checksum = 0;
+  uint64_t generation = 0;
+  for (size_t group : {0, 1, 0, 1, 1, 0}) {
+    Device& device = group == 0 ? large : small;
+    device.Fill(0, 0, ++generation);
+    CHECK(Store(copier, 0, 0, generation, &checksum, group) == CopyStatus::kOk);
+    CHECK(checksum == Xxh3_64(copier.table().Data(0), device.block_bytes()));
+    CHECK(Load(copier, 1, 0, generation, true, 1 - group) == CopyStatus::kIdentity);
+    CHECK(Load(copier, 1, 0, generation, true, group) == CopyStatus::kOk);
+    CHECK(device.Holds(1, 0, generation));
+  }
 }
 
 void RunAll(CpuPath path, size_t first_piece, size_t second_piece) {
@@ -312,9 +375,11 @@ int main() {
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
   CHECK(sigaction(SIGSEGV, &action, nullptr) == 0);
   kvmem::TestWrongGeometryIsRefused();
+  kvmem::TestRanksShareNothing();
   for (kvmem::CpuPath path : kvmem::kPaths) {
     // Under TSan all are the plain one.
     if (path > kvmem::DetectCpu() || kvmem::KernelsFor(path).path != path) continue;
+    kvmem::TestGroupsTakeTurnsInASlot(path);
     kvmem::RunAll(path, 8192, 6144);  // whole hash blocks: in step, from registers
     kvmem::RunAll(path, 8191, 5001);  // odd: through the private buffer
   }

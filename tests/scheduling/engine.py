@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from kvmem.engines.vllm.keys import Chains
 from kvmem.store.layout import DATA_ALIGN, DESCRIPTOR_BYTES, SLOT_ALIGN, slots_within
 from tests.scheduling.forward import (
     BLOCK,
@@ -36,7 +37,14 @@ from tests.scheduling.forward import (
 __all__ = ["MAX_TOKENS", "STOP", "Engine", "InjectedError", "Loads", "make_config", "running"]
 
 LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
-N_DEVICE = 19  # one of them is vLLM's null block
+N_DEVICE = 19  # for each group; one of all is vLLM's null block
+WINDOW = 40
+# What an engine's KV-cache groups are, and the tokens of their blocks.
+GROUPS = {
+    "full": [("full", BLOCK)],
+    "hybrid": [("full", BLOCK), ("window", BLOCK), ("states", BLOCK)],
+    "windows": [("window", 2 * BLOCK), ("full", BLOCK)],
+}
 N_HOST = 20
 MAX_TOKENS = 256
 STOP = 1003  # one of the tokens that the forward samples
@@ -83,9 +91,9 @@ def make_config(folder: Path) -> Any:
     ).create_engine_config()
 
 
-def host_gb_of(n_slots: int) -> float:
+def host_gb_of(n_slots: int, groups: str) -> float:
     """The setting that makes room for exactly so many blocks."""
-    slot_bytes = BLOCK * CELL_BYTES * len(LAYERS)
+    slot_bytes = max(tokens for _, tokens in GROUPS[groups]) * CELL_BYTES * len(LAYERS)
     each = -(-slot_bytes // SLOT_ALIGN) * SLOT_ALIGN + DESCRIPTOR_BYTES
     n_bytes = 2 * DATA_ALIGN
     n_bytes += (n_slots - slots_within(n_bytes, slot_bytes)) * each
@@ -121,6 +129,36 @@ class Loads:
         self.held.clear()
 
 
+def _specs(groups: str) -> list[Any]:
+    import torch
+    from vllm.v1 import kv_cache_interface as kv
+
+    def attention(kind: Any, tokens: int, **more: Any) -> Any:
+        head_size = CELL_BYTES // 4
+        spec = kind(
+            block_size=tokens, num_kv_heads=1, head_size=head_size, dtype=torch.bfloat16, **more
+        )
+        assert spec.page_size_bytes == tokens * CELL_BYTES
+        return spec
+
+    made = []
+    for kind, tokens in GROUPS[groups]:
+        if kind == "full":
+            made.append(attention(kv.FullAttentionSpec, tokens))
+        elif kind == "window":
+            made.append(attention(kv.SlidingWindowSpec, tokens, sliding_window=WINDOW))
+        else:
+            made.append(
+                kv.MambaSpec(
+                    block_size=tokens,
+                    shapes=((tokens * CELL_BYTES,),),
+                    dtypes=(torch.uint8,),
+                    mamba_cache_mode="align",
+                )
+            )
+    return made
+
+
 class Turn(dict):
     """A finished request: tokens, finish_reason, receipt, stats, as the front end gets them."""
 
@@ -138,6 +176,7 @@ class Engine:
         arena: str,
         n_host: int = N_HOST,
         thread: bool = False,
+        groups: str = "full",
         **settings: Any,
     ) -> None:
         import torch
@@ -145,26 +184,30 @@ class Engine:
         from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
         from vllm.utils.hashing import get_hash_fn_by_name
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
 
         self.asynchronous = asynchronous
         config.scheduler_config.async_scheduling = asynchronous  # the platform turns it off
-        config.cache_config.num_gpu_blocks = N_DEVICE
+        specs = _specs(groups)
+        self.n_device = 1 + (N_DEVICE - 1) * len(specs)
+        config.cache_config.num_gpu_blocks = self.n_device
+        states = groups == "hybrid"
+        config.cache_config.mamba_cache_mode = "align" if states else "none"
         config.kv_transfer_config.kv_connector_extra_config = {
-            "host_gb": host_gb_of(n_host),
+            "host_gb": host_gb_of(n_host, groups),
             "weights_digest": "0" * 64,
             "arena": arena,
             **settings,
         }
-        spec = FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=1, head_size=CELL_BYTES // 4, dtype=torch.bfloat16
-        )
-        assert spec.page_size_bytes == BLOCK * CELL_BYTES
+        names = [[f"{name}.{group}" for name in LAYERS] for group in range(len(specs))]
         kv = KVCacheConfig(
-            num_blocks=N_DEVICE,
+            num_blocks=self.n_device,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(LAYERS, spec)],
+            kv_cache_groups=[
+                KVCacheGroupSpec(layers, spec) for layers, spec in zip(names, specs, strict=True)
+            ],
+            hash_block_size=BLOCK,
         )
         scheduler = config.scheduler_config.get_scheduler_cls()
         assert scheduler.__name__ == ("AsyncScheduler" if asynchronous else "Scheduler")
@@ -172,23 +215,31 @@ class Engine:
             vllm_config=config,
             kv_cache_config=kv,
             structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK,
+            block_size=max(spec.block_size for spec in specs),
             hash_block_size=BLOCK,
             log_stats=True,
         )
         self.worker = KVConnectorFactory.create_connector(
             config=config, role=KVConnectorRole.WORKER, kv_cache_config=kv
         )
-        caches = {
-            name: torch.zeros((N_DEVICE, BLOCK, CELL_BYTES), dtype=torch.uint8) for name in LAYERS
-        }
+        caches: dict[str, Any] = {}
+        views: list[list[np.ndarray]] = []
+        for layers, spec in zip(names, specs, strict=True):
+            tensors = [
+                torch.zeros((self.n_device, spec.block_size, CELL_BYTES), dtype=torch.uint8)
+                for _ in layers
+            ]
+            views.append([tensor.numpy() for tensor in tensors])
+            for name, tensor in zip(layers, tensors, strict=True):
+                has_states = type(spec).__name__ == "MambaSpec"
+                caches[name] = [tensor.view(self.n_device, -1)] if has_states else tensor
         self.worker.register_kv_caches(caches)
         self.loads = Loads()
         if not thread:
             self.worker.worker._pool.shutdown()
             self.worker.worker._pool = self.loads
             self._surrender_ends()
-        self.forward = Forward([c.numpy() for c in caches.values()], asynchronous=asynchronous)
+        self.forward = Forward(self.half.geometry.shapes, views, asynchronous=asynchronous)
         hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         self._hasher = get_request_block_hasher(BLOCK, hash_fn)
@@ -202,7 +253,7 @@ class Engine:
         self._wanted: dict[str, list[int]] = {}
         self.meanwhile: list[Callable[[], Any]] = []  # done while the next step is under way
         self._broken: list[Callable[[], None]] = []
-        self._contents: dict[bytes, list[bytes]] = {}  # by block key
+        self._contents: dict[bytes, list[bytes]] = {}  # by block key, the digests of its cells
         self._ordered: dict[int, Any] = {}  # stores by the orders' number
         self._numbers = itertools.count()
 
@@ -355,7 +406,8 @@ class Engine:
         self.kept += orders.finished
         self._note_contents()
         for load in orders.loads:
-            self.forward.promised[load.request_id] = (self.forward.epoch, load.block_ids.tolist())
+            of_first = [ids for p in load.parts if p.group == 0 for ids in p.block_ids.tolist()]
+            self.forward.promised[load.request_id] = (self.forward.epoch, of_first)
         return output
 
     def _execute(self, entry: list[Any]) -> None:
@@ -418,13 +470,19 @@ class Engine:
 
     def _note_contents(self) -> None:
         """What the blocks of all requests stand for."""
+        geometry = self.half.geometry
         for request in self.scheduler.requests.values():
             salt = self.turns[request.request_id].salt
-            for at, key in enumerate(request.block_hashes):
-                if bytes(key) not in self._contents:
-                    stop = (at + 1) * BLOCK
-                    chain = digests(request.all_token_ids[:stop], salt)
-                    self._contents[bytes(key)] = chain[-BLOCK:]
+            chains = Chains(request.block_hashes, geometry.shapes, geometry.hash_tokens)
+            chain: list[bytes] = []
+            for shape, keys in zip(geometry.shapes, chains.all(), strict=True):
+                for at, key in enumerate(keys):
+                    if bytes(key) in self._contents:
+                        continue
+                    chain = chain or digests(request.all_token_ids, salt)
+                    stop = (at + 1) * shape.block_tokens
+                    first = stop - (1 if shape.reach_tokens == 1 else shape.block_tokens)
+                    self._contents[bytes(key)] = chain[first:stop]
 
     def _check_stored(self, orders: Any, acks: Any) -> None:
         """Slots that the worker's half calls written hold what their keys stand for."""
@@ -438,11 +496,13 @@ class Engine:
 
     def _check_slot(self, store: Any, at: int) -> None:
         arena, slot = self.half.arena, int(store.slots[at])
-        data = np.frombuffer(arena.buffer, np.uint8, arena.slot_bytes, arena.data_of(slot))
-        found = data.reshape(len(LAYERS), BLOCK, CELL_BYTES)[:, :, :HASH_BYTES]
+        tokens = self.half.geometry.shapes[store.group].block_tokens
+        n_bytes = len(LAYERS) * tokens * CELL_BYTES
+        data = np.frombuffer(arena.buffer, np.uint8, n_bytes, arena.data_of(slot))
         wanted = self._contents[store.keys[32 * at : 32 * at + 32]]
+        found = data.reshape(len(LAYERS), tokens, CELL_BYTES)[:, : len(wanted), :HASH_BYTES]
         for layer in range(len(LAYERS)):
-            if (found[layer] != kv_of(wanted, layer)).any():
+            if (found[layer] != kv_of(wanted, store.group, layer)).any():
                 raise WrongKVError(
                     f"{store.request_id}: slot {slot} was stored from block {store.block_ids[at]}, "
                     "which does not hold its key's KV"
@@ -458,16 +518,16 @@ class Engine:
         assert (stats["pending"], stats["orphaned"], stats["leases"]) == (0, 0, 0), stats
         assert stats["condemned"] == 0, stats
         assert not self.half._seen
-        assert not self.half._outstanding
+        assert not self.half.storing.outstanding
         assert not self.loads.held
         assert self.half.cache.check_integrity() == []
         assert not self.scheduler.requests
-        assert self.pool.get_num_free_blocks() == N_DEVICE - 1
+        assert self.pool.get_num_free_blocks() == self.n_device - 1
         t = self.half.totals
         assert t.prompt_tokens == t.tokens_hit_device + t.tokens_hit_host + t.tokens_computed
         if not self.faulted:
             assert t.requests == len(self.turns)
-            assert self.half.failures == 0, self.half.last_failure
+            assert self.half.page.failures == 0, self.half.page.last_failure
 
     # -- what a test breaks ------------------------------------------------------------------
 
@@ -479,10 +539,17 @@ class Engine:
 
     def slots_of(self, prompt: list[int], salt: str | None = None) -> list[int]:
         """The slots that hold a prompt's published blocks."""
-        keys = self.keys_of(prompt, salt)
-        grant = self.half.cache.acquire("test", keys, start=0, limit=len(keys))
+        chains = self.chains_of(prompt, salt)
+        limit = len(prompt) // BLOCK * BLOCK
+        grant = self.half.cache.acquire("test", chains, start=0, limit=limit)
         self.half.cache.release("test")
-        return grant.slots.tolist()
+        return [slot for part in grant.parts for slot in part.slots.tolist()]
+
+    def chains_of(self, prompt: list[int], salt: str | None = None) -> list[list[bytes]]:
+        """The prompt's keys in every group."""
+        geometry = self.half.geometry
+        hashes = self.keys_of(prompt, salt)
+        return Chains(hashes, geometry.shapes, geometry.hash_tokens).all()
 
     def keys_of(self, prompt: list[int], salt: str | None = None) -> list[bytes]:
         from vllm import SamplingParams

@@ -1,7 +1,9 @@
 """A forward without a model: it writes KV that can be told right from wrong, and reads it back.
 
 The KV of a position is a function of all tokens up to it, so a block that is wrong, stale,
-unfinished or mapped to another place does not hold what attention would need. The sampled token is
+unfinished or mapped to another place does not hold what attention would need. A group with windows
+reads only those; one with states reads the state before the step's first token and leaves the one
+after its last, as vLLM's does (vllm/v1/worker/mamba_utils.py). The sampled token is
 a function of the same, so a reply is the same whatever was cached. Request state is kept as
 vLLM's runner does (vllm/v1/worker/gpu_model_runner.py, `_update_states`): block tables are the
 runner's own, and it knows its sampled tokens before the scheduler does.
@@ -11,11 +13,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from kvmem.types import GroupShape
 
 __all__ = [
     "BLOCK",
@@ -53,10 +58,10 @@ def digests(tokens: Iterable[int], salt: str | None = None) -> list[bytes]:
     return found
 
 
-def kv_of(positions: Sequence[bytes], layer: int) -> np.ndarray:
-    """[n, HASH_BYTES]: what a layer holds at these positions; layers differ."""
+def kv_of(positions: Sequence[bytes], group: int, layer: int) -> np.ndarray:
+    """[n, HASH_BYTES]: what a layer of a group holds at these positions; no two are alike."""
     cells = np.frombuffer(b"".join(positions), np.uint8).reshape(-1, HASH_BYTES)
-    return cells ^ np.uint8(0x5A * layer)
+    return cells ^ np.uint8((0x5A * layer + 0x11 * group) & 0xFF)
 
 
 def _sampled(digest: bytes) -> int:
@@ -80,7 +85,7 @@ class _Row:
 
     tokens: list[int]
     n_prompt: int
-    blocks: list[int]
+    blocks: list[list[int]]  # of each group
     salt: str | None
     start: int = 0
     _digests: list[bytes] = field(default_factory=list)
@@ -99,9 +104,13 @@ class _Row:
 
 
 class Forward:
-    """Runs steps over `caches`, [n_blocks, BLOCK, CELL_BYTES] bytes for each layer."""
+    """Runs steps over `caches`: of each group, [n_blocks, block_tokens, CELL_BYTES] bytes for each
+    layer. A state is the first cell of its block."""
 
-    def __init__(self, caches: list[np.ndarray], *, asynchronous: bool) -> None:
+    def __init__(
+        self, shapes: Sequence[GroupShape], caches: list[list[np.ndarray]], *, asynchronous: bool
+    ) -> None:
+        self.shapes = shapes
         self.caches = caches
         self.asynchronous = asynchronous
         self.epoch = 1
@@ -118,6 +127,10 @@ class Forward:
             WrongKVError: attention would have read something else than was computed.
         """
         self._update(output)
+        assert not output.kv_cache_block_copies
+        for block in output.new_block_ids_to_zero or ():
+            for cache in itertools.chain(*self.caches):
+                cache[block] = 0
         rows = {i: self._rows[i] for i in output.num_scheduled_tokens}
         for request_id, row in rows.items():
             self._write(request_id, row, row.start + output.num_scheduled_tokens[request_id])
@@ -138,7 +151,8 @@ class Forward:
             self._rows.pop(request_id, None)
         for new in output.scheduled_new_reqs:
             tokens, i = list(new.prompt_token_ids), new.req_id
-            self._rows[i] = _Row(tokens, len(tokens), list(new.block_ids[0]), self.salts[i])
+            tables = [list(ids) for ids in new.block_ids]
+            self._rows[i] = _Row(tokens, len(tokens), tables, self.salts[i])
             self._rows[i].start = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for at, request_id in enumerate(cached.req_ids):
@@ -154,21 +168,29 @@ class Forward:
                 assert row.tokens == list(given), f"{request_id}: the runner has other tokens"
             new_blocks = cached.new_block_ids[at]
             if request_id in cached.resumed_req_ids:
-                row.blocks = list(new_blocks[0])
+                row.blocks = [list(ids) for ids in new_blocks]
             elif new_blocks is not None:
-                row.blocks += new_blocks[0]
+                for table, more in zip(row.blocks, new_blocks, strict=True):
+                    table += more
 
-    def _cells(self, row: _Row, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def _cells(self, row: _Row, group: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Device block and offset of positions [start, stop)."""
-        at = np.arange(start, stop)
-        return np.asarray(row.blocks, np.int64)[at // BLOCK], at % BLOCK
+        at, tokens = np.arange(start, stop), self.shapes[group].block_tokens
+        blocks = np.asarray(row.blocks[group], np.int64)[at // tokens]
+        if not blocks.all():  # vLLM's null block
+            raise WrongKVError(f"group {group} has no block for some of [{start}, {stop})")
+        return blocks, at % tokens
+
+    def _state(self, row: _Row, group: int, n_tokens: int) -> int:
+        """The block with the state after so many tokens."""
+        return row.blocks[group][(n_tokens - 1) // self.shapes[group].block_tokens]
 
     def _check_epoch(self, request_id: str, row: _Row) -> None:
         """What was loaded was computed after the last reset before the load was granted."""
         self.first_start.setdefault(request_id, row.start)
         epoch, block_ids = self.promised.pop(request_id, (0, []))
-        for block in set(block_ids) & set(row.blocks[: row.start // BLOCK]):
-            for cache in self.caches:
+        for block in set(block_ids) & set(row.blocks[0][: row.start // BLOCK]):
+            for cache in self.caches[0]:
                 oldest = int(_epochs(cache[block]).min())
                 if oldest < epoch:
                     raise WrongKVError(
@@ -178,26 +200,63 @@ class Forward:
 
     def _write(self, request_id: str, row: _Row, stop: int) -> None:
         assert row.start < stop <= len(row.tokens), f"{request_id}: {row.start} {stop}"
+        for group, shape in enumerate(self.shapes):
+            if shape.reach_tokens == 1:
+                self._write_state(request_id, row, group, stop)
+            else:
+                self._write_cells(row, group, stop)
+
+    def _write_cells(self, row: _Row, group: int, stop: int) -> None:
         chain = row.digests()[row.start : stop]
-        seen, written = self._cells(row, 0, row.start), self._cells(row, row.start, stop)
-        for layer, cache in enumerate(self.caches):
+        seen = self._cells(row, group, self._first_read(row, group), row.start)
+        written = self._cells(row, group, row.start, stop)
+        for layer, cache in enumerate(self.caches[group]):
             epochs = _epochs(cache[seen])
             oldest = min(self.epoch, int(epochs.min())) if len(epochs) else self.epoch
-            cells = np.empty((stop - row.start, CELL_BYTES), np.uint8)
-            cells[:, :HASH_BYTES] = kv_of(chain, layer)
-            cells[:, HASH_BYTES:] = np.frombuffer(np.uint32(oldest).tobytes(), np.uint8)
-            cache[written] = cells
+            cache[written] = self._filled(chain, group, layer, oldest)
+
+    def _write_state(self, request_id: str, row: _Row, group: int, stop: int) -> None:
+        for layer, cache in enumerate(self.caches[group]):
+            oldest = self.epoch
+            if row.start > 0:
+                before = cache[self._state(row, group, row.start)][:1]
+                wanted = kv_of(row.digests()[row.start - 1 : row.start], group, layer)
+                if (before[:, :HASH_BYTES] != wanted).any():
+                    raise WrongKVError(
+                        f"{request_id} goes on from {row.start}: layer {layer} of group {group} "
+                        f"has another state there, blocks {row.blocks[group]}"
+                    )
+                oldest = min(oldest, int(_epochs(before).min()))
+            after = self._filled(row.digests()[stop - 1 : stop], group, layer, oldest)
+            cache[self._state(row, group, stop)][0] = after[0]
+
+    def _filled(self, chain: Sequence[bytes], group: int, layer: int, epoch: int) -> np.ndarray:
+        cells = np.empty((len(chain), CELL_BYTES), np.uint8)
+        cells[:, :HASH_BYTES] = kv_of(chain, group, layer)
+        cells[:, HASH_BYTES:] = np.frombuffer(np.uint32(epoch).tobytes(), np.uint8)
+        return cells
+
+    def _first_read(self, row: _Row, group: int) -> int:
+        """The first position that the step's first token attends to."""
+        reach = self.shapes[group].reach_tokens
+        return 0 if reach is None else max(0, row.start - reach)
 
     def _read(self, request_id: str, row: _Row, stop: int) -> None:
-        self.positions_read += stop
-        for layer, cache in enumerate(self.caches):
-            found = cache[self._cells(row, 0, stop)][:, :HASH_BYTES]
-            wrong = np.flatnonzero((found != kv_of(row.digests()[:stop], layer)).any(axis=1))
-            if len(wrong):
-                raise WrongKVError(
-                    f"{request_id} computes [{row.start}, {stop}): layer {layer} is wrong at "
-                    f"positions {wrong[:8].tolist()}.. ({len(wrong)}), blocks {row.blocks}"
-                )
+        for group, shape in enumerate(self.shapes):
+            if shape.reach_tokens == 1:
+                continue  # read where it was overwritten
+            first = self._first_read(row, group)
+            self.positions_read += stop - first
+            for layer, cache in enumerate(self.caches[group]):
+                found = cache[self._cells(row, group, first, stop)][:, :HASH_BYTES]
+                wanted = kv_of(row.digests()[first:stop], group, layer)
+                wrong = first + np.flatnonzero((found != wanted).any(axis=1))
+                if len(wrong):
+                    raise WrongKVError(
+                        f"{request_id} computes [{row.start}, {stop}): layer {layer} of group "
+                        f"{group} is wrong at positions {wrong[:8].tolist()}.. ({len(wrong)}), "
+                        f"blocks {row.blocks[group]}"
+                    )
 
 
 def _epochs(cells: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.scheduling.engine import MAX_TOKENS, Engine
+from tests.scheduling.engine import GROUPS, MAX_TOKENS, Engine
 
 pytestmark = pytest.mark.engine
 
@@ -65,6 +65,7 @@ class StepsMachine(RuleBasedStateMachine):
     new_arena_name: ClassVar[Callable[[], str]]
     seen: ClassVar[Counter[str]]
     faults = False
+    groups = "full"
 
     @initialize(eviction=st.sampled_from(["s3fifo", "lru"]), n_host=st.sampled_from([9, 20]))
     def start(self, eviction: str, n_host: int) -> None:
@@ -72,8 +73,9 @@ class StepsMachine(RuleBasedStateMachine):
             self.config,
             asynchronous=self.asynchronous,
             arena=self.new_arena_name(),
-            n_host=n_host,
+            n_host=n_host * len(GROUPS[self.groups]),
             eviction=eviction,
+            groups=self.groups,
         )
         self.engine.loads.hold = True
 
@@ -167,7 +169,7 @@ class StepsMachine(RuleBasedStateMachine):
             self.seen["resets asked for"] += 1
             self.seen["resets"] += self.engine.reset()
 
-    @rule(slot=st.integers(0, 19), at=st.integers(0, 511))
+    @rule(slot=st.integers(0, 59), at=st.integers(0, 511))
     def corrupt(self, slot: int, at: int) -> None:
         self.engine.corrupt(slot % self.engine.half.cache.stats()["n_slots"], at)
 
@@ -205,7 +207,7 @@ class StepsMachine(RuleBasedStateMachine):
         self.seen["evictions"] += engine.half.cache.stats()["evictions"]
         self.seen["preemptions"] += engine.preemptions
         self.seen["kept"] += len(engine.kept)
-        self.seen["failures"] += engine.half.failures
+        self.seen["failures"] += engine.half.page.failures
         self.seen["positions read"] += engine.forward.positions_read
 
 
@@ -218,8 +220,13 @@ LOTS = 8
 @pytest.mark.slow
 @pytest.mark.parametrize("faults", [False, True], ids=["sound", "with broken hooks"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["Scheduler", "AsyncScheduler"])
+@pytest.mark.parametrize("groups", GROUPS)
 def test_any_order_of_events_reads_right_and_leaves_nothing(
-    config: Any, new_arena_name: Callable[[], str], asynchronous: bool, faults: bool
+    config: Any,
+    new_arena_name: Callable[[], str],
+    groups: str,
+    asynchronous: bool,
+    faults: bool,
 ) -> None:
     seen: Counter[str] = Counter()
     must = [*MUST, *(["kept"] if asynchronous else []), *(["failures"] if faults else [])]
@@ -235,6 +242,7 @@ def test_any_order_of_events_reads_right_and_leaves_nothing(
                 "new_arena_name": staticmethod(new_arena_name),
                 "seen": seen,
                 "faults": faults,
+                "groups": groups,
             },
         )
         run_state_machine_as_test(

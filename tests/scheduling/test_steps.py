@@ -231,7 +231,7 @@ def test_a_lookup_that_fails_after_a_reset_stores_nothing_on_older_blocks(engine
     before = engine.half.totals.blocks_stored
     engine.fail_once(("half", "match"), after=False)
     engine.generate([*PROMPT, *other(40)])
-    assert engine.half.failures == 1
+    assert engine.half.page.failures == 1
     assert engine.half.totals.blocks_stored == before
     engine.assert_settled()
 
@@ -383,8 +383,8 @@ def shift_loads(engine: Engine) -> None:
     real = half.begin
 
     def begin(orders: Any) -> None:
-        for load in orders.loads:
-            load.block_ids = np.roll(load.block_ids, 1)
+        for part in (part for load in orders.loads for part in load.parts):
+            part.block_ids = np.roll(part.block_ids, 1)
         real(orders)
 
     half.begin = begin
@@ -423,7 +423,7 @@ def forget_resets(engine: Engine) -> None:
 def test_a_load_into_the_wrong_blocks_is_seen(engine: Engine) -> None:
     stored(engine)
     shift_loads(engine)
-    with pytest.raises(WrongKVError, match=r"layer 0 is wrong at positions \[0, 1,"):
+    with pytest.raises(WrongKVError, match=r"layer 0 of group 0 is wrong at positions \[0, 1,"):
         engine.generate(PROMPT)
 
 
@@ -431,7 +431,7 @@ def test_a_load_that_is_not_over_is_seen(engine: Engine) -> None:
     stored(engine)
     report_loads_early(engine)
     in_flight(engine)
-    with pytest.raises(WrongKVError, match="layer 0 is wrong"):
+    with pytest.raises(WrongKVError, match="layer 0 of group 0 is wrong"):
         engine.step_until(lambda: not engine.live())
 
 
@@ -441,7 +441,9 @@ def test_a_block_stored_too_early_is_seen(engine: Engine, seen_by: str) -> None:
     store_early(engine)
     engine.add(other(40), 1)
     prompt = other(100, 2)  # its first chunk gets 24 of the step's 64 tokens
-    match = "which does not hold its key's KV" if engine.check_stores else "layer 0 is wrong"
+    match = (
+        "which does not hold its key's KV" if engine.check_stores else "layer 0 of group 0 is wrong"
+    )
 
     def store_and_load() -> None:
         stored(engine, prompt)
@@ -469,7 +471,7 @@ def test_a_kept_block_that_is_given_back_too_soon_is_missed(
         with running(config, asynchronous=True, arena=new_arena_name()) as engine:
             if not keep:
                 finished = engine.half.finished
-                engine.half.finished = lambda request, _, f=finished: f(request, [])
+                engine.half.finished = lambda request, _, f=finished: f(request, ([],))
             turn = stored(engine, PROMPT, n)
             hosts.append(engine.generate([*PROMPT, *turn.tokens, 3]).receipt["tokens"]["host"])
     assert hosts == [(WHOLE + 2) * BLOCK, (WHOLE + 1) * BLOCK]

@@ -19,7 +19,7 @@ SPACE = b"n" * 32
 
 def create(name: str, n_slots: int = 4, slot_bytes: int = 1000) -> Arena:
     return Arena.create(
-        name, n_slots=n_slots, slot_bytes=slot_bytes, namespace=SPACE, group=0, label="model"
+        name, n_slots=n_slots, slot_bytes=slot_bytes, namespace=SPACE, label="model"
     )
 
 
@@ -171,10 +171,10 @@ def test_a_name_taken_while_the_arena_is_made_is_refused(
 
 @pytest.mark.parametrize(
     "given",
-    [{"n_slots": 0}, {"slot_bytes": 0}, {"namespace": b"short"}, {"group": -1}],
+    [{"n_slots": 0}, {"slot_bytes": 0}, {"namespace": b"short"}, {"ranks": 0}],
 )
 def test_a_shape_that_no_arena_has_is_refused(arena_name: str, given: dict[str, Any]) -> None:
-    shape = {"n_slots": 4, "slot_bytes": 1000, "namespace": SPACE, "group": 0} | given
+    shape = {"n_slots": 4, "slot_bytes": 1000, "namespace": SPACE, "ranks": 1} | given
     with pytest.raises(ValueError, match="arena"):
         Arena.create(arena_name, **shape)
     assert not Arena.path_of(arena_name).exists()
@@ -221,8 +221,8 @@ def test_a_file_that_was_cut_is_refused(arena: Arena, tmp_path: Path) -> None:
 
 def test_a_newer_version_is_refused_by_number(arena: Arena) -> None:
     page = bytearray(arena.buffer[:HEADER_BYTES])
-    page[8] = 2
-    with pytest.raises(ArenaError, match="version 2"):
+    page[8] = 3
+    with pytest.raises(ArenaError, match="version 3"):
         Header.decode(bytes(page), file_bytes=arena.header.total_bytes)
 
 
@@ -260,7 +260,7 @@ def test_an_arena_stays_within_its_budget() -> None:
         for slot_bytes in (1, 1000, 98_304, 2_949_120):
             n = slots_within(budget, slot_bytes)
             header = Header(
-                n_slots=n, slot_bytes=slot_bytes, namespace=SPACE, group=0, uid=0,
+                n_slots=n, slot_bytes=slot_bytes, namespace=SPACE, ranks=1, uid=0,
                 owner_pid=1, owner_start=1,
             )  # fmt: skip
             assert n == 0 or header.total_bytes <= budget

@@ -370,7 +370,7 @@ def page(**changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def engine(arena_name: str) -> Any:
     """An arena whose owner is alive, as an engine's is."""
-    arena = Arena.create(arena_name, n_slots=4, slot_bytes=64, namespace=bytes(32), group=0)
+    arena = Arena.create(arena_name, n_slots=4, slot_bytes=64, namespace=bytes(32))
     yield arena
     arena.close(unlink=True)
 
@@ -450,14 +450,14 @@ def test_an_engine_of_another_version_or_gone_by_now_hides_no_other(
     engine: Arena, new_arena_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.write_stats(msgspec.msgpack.encode(page()))
-    other = Arena.create(new_arena_name(), n_slots=4, slot_bytes=64, namespace=bytes(32), group=0)
+    other = Arena.create(new_arena_name(), n_slots=4, slot_bytes=64, namespace=bytes(32))
     other.write_stats(msgspec.msgpack.encode({"pages": "of another shape"}))
     gone = live.list_live()
     other.close(unlink=True)
     assert len(gone) >= 2
     monkeypatch.setattr(live, "list_live", lambda: gone)
     assert [p.pid for p in mine(engine)] == [4711]
-    again = Arena.create(new_arena_name(), n_slots=4, slot_bytes=64, namespace=bytes(32), group=0)
+    again = Arena.create(new_arena_name(), n_slots=4, slot_bytes=64, namespace=bytes(32))
     again.write_stats(b"\xc1 is no msgpack")
     monkeypatch.undo()
     assert [p.pid for p in mine(engine)] == [4711]

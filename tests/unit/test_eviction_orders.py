@@ -10,7 +10,7 @@ import pytest
 
 from kvmem._core import HostTier, eviction_orders
 from kvmem.cache import Cache
-from tests.blocks import chain, put, sound, turn, use
+from tests.blocks import BLOCKS, chain, put, sound, turn, use
 
 ORDERS = eviction_orders()
 
@@ -220,28 +220,28 @@ def test_prompt_used_twice_survives_a_burst_that_empties_lru() -> None:
 def test_prompt_used_twice_survives_a_burst_of_requests(step: int) -> None:
     survivors = {}
     for order in ("lru", "s3fifo"):
-        cache, agent = Cache(210, eviction=order), chain("agent", 21)
+        cache, agent = Cache(210, BLOCKS, eviction=order), chain("agent", 21)
         found = [turn(cache, f"agent {i}", agent, step=step) for i in range(2)]
         assert found == [0, 21]
         for i in range(40):
             assert turn(cache, f"one-off {i}", chain(f"one-off {i}", 21), step=step) == 0
         assert cache.check_integrity() == []
         assert cache.stats()["leases"] == 0
-        survivors[order] = cache.match(agent)
+        survivors[order] = cache.match([agent], 0, 21)
     assert survivors == {"lru": 0, "s3fifo": 21}
 
 
 def prompts_outlived(asks: int) -> int:
     """How many prompts that are used twice it takes to push out one that is in the main queue and
     that one request asked for `asks` times."""
-    cache, agents = Cache(40), [chain(f"agent {i}", 4) for i in range(5)]
+    cache, agents = Cache(40, BLOCKS), [chain(f"agent {i}", 4) for i in range(5)]
     for i, agent in enumerate(agents * 2):
         turn(cache, f"agent {i}", agent)
     for i in range(10):  # pressure moves the agents to the main queue
         turn(cache, f"one-off {i}", chain(f"one-off {i}", 4))
     turn(cache, "again", agents[0], asks=asks)
     for n in range(100):
-        if cache.match(agents[0]) < 4:
+        if cache.match([agents[0]], 0, 4) < 4:
             return n
         for i in range(2):
             turn(cache, f"other {n} {i}", chain(f"other {n}", 4))
@@ -253,25 +253,25 @@ def test_a_request_that_asks_again_uses_its_prompt_once() -> None:
 
 
 def test_a_request_that_finds_blocks_only_later_uses_them() -> None:
-    cache, agent = Cache(210), chain("agent", 21)
-    assert cache.acquire("waiting", agent, start=0, limit=21).n_blocks == 0
+    cache, agent = Cache(210, BLOCKS), chain("agent", 21)
+    assert cache.acquire("waiting", [agent], start=0, limit=21).n_blocks == 0
     turn(cache, "first", agent)
     assert turn(cache, "waiting", agent) == 21
     for i in range(40):
         turn(cache, f"one-off {i}", chain(f"one-off {i}", 21))
-    assert cache.match(agent) == 21
+    assert cache.match([agent], 0, 21) == 21
 
 
 def test_a_request_that_asks_for_what_it_stored_itself_is_no_use() -> None:
-    cache, once = Cache(210), chain("once", 21)
-    cache.acquire("once", once, start=0, limit=21)
-    room = cache.reserve("once", once, start=0, stop=21)
+    cache, once = Cache(210, BLOCKS), chain("once", 21)
+    cache.acquire("once", [once], start=0, limit=21)
+    room = cache.reserve("once", 0, once, range(21))
     cache.publish(room.slots, room.generations, room.generations)
-    cache.hold("once", once, 21)
+    cache.hold("once", 0, once, 21)
     assert turn(cache, "once", once) == 21  # preempted, it comes again
     for i in range(40):
         turn(cache, f"one-off {i}", chain(f"one-off {i}", 21))
-    assert cache.match(once) == 0
+    assert cache.match([once], 0, 21) == 0
 
 
 def test_one_off_prompt_does_not_survive_a_burst() -> None:

@@ -18,9 +18,7 @@ BASE = Namespace(
     model_config="c",
     kv_dtype="bf16",
     kv_layout="LBHNC",
-    block_tokens=128,
-    block_bytes=1024,
-    n_layers=30,
+    groups=("full attention, 128 tokens",),
     tensor_parallel=1,
     pipeline_parallel=1,
     hash_algorithm="sha256",
@@ -31,7 +29,7 @@ BASE = Namespace(
 @pytest.mark.parametrize("name", [f.name for f in msgspec.structs.fields(Namespace)])
 def test_every_field_changes_the_digest(name: str) -> None:
     value = getattr(BASE, name)
-    other = value + (1 if isinstance(value, int) else "x")
+    other = value + {int: 1, str: "x", tuple: ("x",)}[type(value)]
     assert msgspec.structs.replace(BASE, **{name: other}).digest != BASE.digest
     assert len(BASE.digest) == 32
 

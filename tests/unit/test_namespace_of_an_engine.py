@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvmem.config import Config
+from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.namespace import namespace_of
 
 pytestmark = pytest.mark.engine
@@ -26,7 +27,7 @@ def digest(model: Path | str, **options: Any) -> bytes:
     kv = KVCacheConfig(
         num_blocks=10, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["a"], spec)]
     )
-    return namespace_of(Config(), config, kv, block_tokens=32, block_bytes=1).digest
+    return namespace_of(Config(), config, kv, geometry_of(config, kv)).digest
 
 
 @pytest.fixture(scope="module")

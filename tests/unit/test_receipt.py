@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from kvmem.cache import Grant
 from kvmem.config import Config
 from kvmem.engines.vllm.receipt import Receipt, Wishes
-
-NONE = np.zeros(0, np.int32), np.zeros(0, np.uint64)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +44,7 @@ def request(prompt: int = 100, output: int = 0) -> SimpleNamespace:
 
 def test_tokens_are_split_by_where_they_came_from() -> None:
     receipt = Receipt()
-    receipt.matched(request(), 1, Grant(1, 4, *NONE, "evicted"), "evicted", 16)
+    receipt.matched(request(), 16, 64, "evicted")
     told = receipt.finish(request(), 16)
     assert told["tokens"] == {"prompt": 100, "device": 16, "host": 48, "computed": 36}
     assert (told["miss"], told["first_missing_block"]) == ("evicted", 4)
@@ -56,20 +52,20 @@ def test_tokens_are_split_by_where_they_came_from() -> None:
 
 def test_a_host_tier_behind_the_device_is_no_negative_hit() -> None:
     receipt = Receipt()
-    receipt.matched(request(), 4, Grant(4, 2, *NONE, "evicted"), "evicted", 16)
+    receipt.matched(request(), 64, 64, "evicted")
     assert receipt.finish(request(), 16)["tokens"]["host"] == 0
 
 
 def test_a_preempted_request_keeps_its_first_account() -> None:
     receipt = Receipt()
-    receipt.matched(request(), 0, Grant(0, 4, *NONE, "new"), "new", 16)
-    receipt.matched(request(output=3), 6, Grant(6, 6, *NONE, "none"), "none", 16)
+    receipt.matched(request(), 0, 64, "new")
+    receipt.matched(request(output=3), 96, 96, "none")
     assert receipt.finish(request(output=3), 16)["tokens"]["host"] == 64
 
 
 def test_a_request_preempted_before_its_first_token_keeps_its_first_account() -> None:
     receipt = Receipt()
-    receipt.matched(request(), 0, Grant(0, 1, *NONE, "new"), "new", 16)
+    receipt.matched(request(), 0, 16, "new")
     resumed = SimpleNamespace(num_prompt_tokens=100, num_output_tokens=0, num_preemptions=1)
-    receipt.matched(resumed, 0, Grant(0, 6, *NONE, "none"), "none", 16)
+    receipt.matched(resumed, 0, 96, "none")
     assert receipt.finish(resumed, 16)["tokens"]["host"] == 16

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from kvmem.config import Config
-from kvmem.engines.vllm.scheduler import RECENT, SchedulerHalf
+from kvmem.engines.vllm.page import RECENT
+from kvmem.engines.vllm.scheduler import SchedulerHalf
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, LoadDone, Orders, StoreDone
 from kvmem.errors import ArenaInUse, CapacityError, ConfigError
 from kvmem.store.arena import Arena
@@ -116,7 +117,7 @@ def finish(half: SchedulerHalf, one: Any) -> Any:
     from vllm.v1.request import RequestStatus
 
     one.status = RequestStatus.FINISHED_STOPPED
-    return half.finished(one, list(range(10, 90)))
+    return half.finished(one, (list(range(10, 90)),))
 
 
 def test_a_stored_prompt_is_matched_up_to_its_last_token(half: SchedulerHalf) -> None:
@@ -166,6 +167,57 @@ def test_a_failed_copy_is_never_published(half: SchedulerHalf) -> None:
     assert (stats["published"], stats["pending"]) == (0, 0)
 
 
+def test_a_block_is_published_when_all_ranks_have_written_it(half: SchedulerHalf) -> None:
+    half.ranks = 2
+    one = request("a", 3 * BLOCK)
+    half.on_new_request(one)
+    half.match(one, 0)
+    orders = step(half, a=3 * BLOCK)
+    both = done(orders).aggregate(done(orders))
+    assert isinstance(both, Acks)
+    half.acknowledged(both)
+    assert half.cache.stats()["published"] == 3
+
+    two = request("b", 3 * BLOCK, seed=1000)
+    half.on_new_request(two)
+    half.match(two, 0)
+    half.acknowledged(done(step(half, b=3 * BLOCK)))  # the other rank has not said so
+    assert half.cache.stats()["published"] == 3
+    assert half.cache.stats()["pending"] == 0
+
+
+def test_a_block_that_one_rank_failed_to_write_is_not_published(half: SchedulerHalf) -> None:
+    half.ranks = 2
+    one = request("a", 3 * BLOCK)
+    half.on_new_request(one)
+    half.match(one, 0)
+    orders = step(half, a=3 * BLOCK)
+    failed = done(orders)
+    failed.stores[0].statuses[0][2] = 255
+    for both in (done(orders).aggregate(failed), failed.aggregate(done(orders))):
+        assert isinstance(both, Acks)
+        assert both.stores[0].statuses[0].tolist() == [0, 0, 255]
+    half.acknowledged(both)
+    assert half.cache.stats()["published"] == 2
+
+
+def test_acknowledgements_of_several_steps_are_joined_step_by_step(half: SchedulerHalf) -> None:
+    one = request("a", 3 * BLOCK)
+    half.on_new_request(one)
+    half.match(one, 0)
+    first = step(half, a=BLOCK)
+    one.num_computed_tokens = BLOCK
+    second = step(half, a=2 * BLOCK)
+    mine = Acks(done(second).stores, [LoadDone("x", 0, 1, 1, 0.0)], [("here", "e")])
+    theirs = Acks([*done(first).stores, *done(second).stores], [LoadDone("x", 1, 1, 1, 0.0)])
+    joined = mine.aggregate(theirs)
+    assert isinstance(joined, Acks)
+    assert [(s.sequence, s.ranks) for s in joined.stores] == [
+        (first.sequence, 1), (second.sequence, 2),
+    ]  # fmt: skip
+    assert ([d.rank for d in joined.loads], joined.failures) == ([0, 1], [("here", "e")])
+
+
 def test_a_failed_copy_takes_the_blocks_on_top_with_it(half: SchedulerHalf) -> None:
     one = request("a", 4 * BLOCK)
     half.on_new_request(one)
@@ -186,9 +238,10 @@ def test_a_load_that_finds_a_broken_block_takes_it_out_of_matching(half: Schedul
     blocks = SimpleNamespace(get_block_ids=lambda: (list(range(50, 60)),))
     half.allocated(again, blocks, n_tokens)  # type: ignore[arg-type]
     (load,) = step(half).loads
-    assert load.block_ids.tolist() == [50, 51, 52, 53]
-    bad = (int(load.slots[2]), int(load.generations[2]), load.keys[64:96], 3)
-    half.acknowledged(Acks(loads=[LoadDone("b", 4, 0, 0.0, [bad])]))
+    (part,) = load.parts
+    assert part.block_ids.tolist() == [50, 51, 52, 53]
+    bad = (int(part.slots[2]), int(part.generations[2]), part.keys[64:96], 3)
+    half.acknowledged(Acks(loads=[LoadDone("b", 0, 4, 0, 0.0, [bad])]))
     half.received(["b"])
     third = request("c", 5 * BLOCK)
     half.on_new_request(third)
@@ -250,7 +303,7 @@ def test_after_a_reset_that_left_the_device_empty_everything_is_stored_again(
 def test_a_worker_that_cannot_map_is_promised_to_nobody_until_it_can(half: SchedulerHalf) -> None:
     finish(half, stored(half, "a", 4 * BLOCK))
     half.acknowledged(Acks(failures=[(MAP_FAILED, "OSError: too many open files")]))
-    assert half.failures == 1
+    assert half.page.failures == 1
     again = request("b", 4 * BLOCK)
     half.on_new_request(again)
     assert half.match(again, 0) == (0, False)
@@ -291,7 +344,7 @@ def test_a_request_aborted_while_it_loads_keeps_its_lease_until_the_load_is_over
     half.allocated(again, SimpleNamespace(get_block_ids=lambda: (list(range(9)),)), n_tokens)  # type: ignore[arg-type]
     step(half)
     again.status = RequestStatus.FINISHED_ABORTED
-    half.finished(again, [])
+    half.finished(again, ([],))
     assert half.cache.stats()["leases"] == 1  # I3: the worker still reads the slots
     half.received(["b"])
     assert half.cache.stats()["leases"] == 0

@@ -37,14 +37,14 @@ class Bench:
         path: str = "auto",
         threads: int = 1,
         namespace: bytes = NAMESPACE,
-        group: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.pieces, self.n_blocks = pieces, n_blocks
         self.header = Header(
             n_slots=n_slots,
             slot_bytes=sum(pieces),
             namespace=namespace,
-            group=group,
+            ranks=ranks,
             uid=0,
             owner_pid=1,
             owner_start=1,
@@ -67,13 +67,14 @@ class Bench:
 
     def open(self) -> Any:
         copier = _core.SlotCopier(self.arena, self.threads, cpu_path=self.path)
-        copier.register_layers(
-            np.array([layer.ctypes.data for layer in self.layers], np.uint64),
-            np.array([piece + self.gap for piece in self.pieces], np.uint64),
-            np.array(self.pieces, np.uint64),
-            self.n_blocks,
-        )
+        pieces = np.array(self.pieces, np.uint64)
+        copier.register_layers(*self.layout(), pieces, self.n_blocks)
         return copier
+
+    def layout(self) -> tuple[Any, Any]:
+        """Base and stride of each layer."""
+        bases = np.array([layer.ctypes.data for layer in self.layers], np.uint64)
+        return bases, np.array([piece + self.gap for piece in self.pieces], np.uint64)
 
     def block(self, block_id: int) -> bytes:
         return b"".join(layer[block_id, :piece].tobytes() for layer, piece in self.rows())
@@ -227,11 +228,33 @@ def test_another_key_is_refused(full: Bench, byte: int, verify: bool) -> None:
     assert full.block(5) == before
 
 
-@pytest.mark.parametrize(
-    "change", [{"namespace": bytes(32)}, {"group": 1}], ids=["namespace", "group"]
-)
-def test_another_tenants_slot_is_refused(full: Bench, change: dict[str, Any]) -> None:
-    theirs = Bench(full.pieces, **change)
+def test_a_block_of_another_group_is_refused(full: Bench) -> None:
+    layers, strides = full.layout()
+    full.copier.register_layers(layers, strides, np.array(full.pieces, np.uint64), 6, group=1)
+    flags = np.ones(1, np.uint8)
+    arguments = request([4], [1], 1)
+    assert full.copier.load(*arguments, flags, group=1).tolist() == [IDENTITY]
+    assert full.copier.load(*arguments, flags, group=0).tolist() == [OK]
+
+
+def test_a_group_is_registered_once_and_before_its_use(full: Bench) -> None:
+    layers, strides = full.layout()
+    pieces = np.array(full.pieces, np.uint64)
+    with pytest.raises(ValueError, match="registered already"):
+        full.copier.register_layers(layers, strides, pieces, 6)
+    with pytest.raises(ValueError, match="group must be 0 to 63"):
+        full.copier.register_layers(layers, strides, pieces, 6, group=64)
+    with pytest.raises(ValueError, match="register_layers"):
+        full.copier.load(*request([4], [1], 1), np.ones(1, np.uint8), group=1)
+
+
+def test_a_rank_that_the_arena_has_not_is_refused(full: Bench) -> None:
+    with pytest.raises(ValueError, match="1 ranks and no rank 1"):
+        _core.SlotCopier(full.arena, 1, rank=1)
+
+
+def test_another_tenants_slot_is_refused(full: Bench) -> None:
+    theirs = Bench(full.pieces, namespace=bytes(32))
     theirs.arena[HEADER_BYTES:] = full.arena[HEADER_BYTES:]
     assert full.load([4], [1]) == [OK]
     assert theirs.load([4], [1]) == [IDENTITY]
@@ -324,7 +347,7 @@ def test_a_block_named_twice_is_refused_before_any_byte(full: Bench) -> None:
     ("change", "message"),
     [
         (lambda a: a.__setitem__(slice(0, 1), b"X"), "magic"),
-        (lambda a: a.__setitem__(slice(8, 9), b"\2"), "version 2"),
+        (lambda a: a.__setitem__(slice(8, 9), b"\3"), "version 3"),
         (lambda a: a.__setitem__(slice(12, 16), b"\1\2\3\4"), "byte order"),
         (lambda a: a.__setitem__(slice(104, 105), b"\xff"), "damaged"),
     ],
@@ -346,8 +369,8 @@ def test_layers_that_make_no_slot_are_refused() -> None:
     bench = Bench([64])
     copier = _core.SlotCopier(bench.arena, 1)
     base = np.array([bench.layers[0].ctypes.data], np.uint64)
-    with pytest.raises(ValueError, match="make 63 bytes, a slot has 64"):
-        copier.register_layers(base, np.array([64], np.uint64), np.array([63], np.uint64), 6)
+    with pytest.raises(ValueError, match="make 65 bytes, a slot has 64"):
+        copier.register_layers(base, np.array([65], np.uint64), np.array([65], np.uint64), 6)
     with pytest.raises(ValueError, match="are no memory"):
         copier.register_layers(base, np.array([2**63], np.uint64), np.array([64], np.uint64), 6)
     with pytest.raises(ValueError, match="register_layers"):

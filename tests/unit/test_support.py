@@ -41,14 +41,24 @@ def test_the_plain_engine_is_served() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("parallel_config__tensor_parallel_size", 2),
+        ("speculative_config", SimpleNamespace(method="ngram")),
+    ],
+)
+def test_what_is_served_beside_the_plain_engine(change: str, value: Any) -> None:
+    support.check_engine(engine_config(**{change: value}))
+
+
+@pytest.mark.parametrize(
     ("change", "value", "flag"),
     [
-        ("parallel_config__tensor_parallel_size", 2, "--tensor-parallel-size"),
         ("parallel_config__pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("parallel_config__data_parallel_size", 2, "--data-parallel-size"),
         ("parallel_config__decode_context_parallel_size", 2, "--decode-context-parallel-size"),
         ("lora_config", object(), "--enable-lora"),
-        ("speculative_config", object(), "--speculative-config"),
+        ("speculative_config", SimpleNamespace(method="eagle"), "--speculative-config"),
         ("cache_config__prefix_caching_hash_algo", "xxhash", "--prefix-caching-hash-algo"),
         ("kv_transfer_config__kv_role", "kv_producer", "kv_both"),
         ("kv_transfer_config__engine_id", "8c0f_dp1", "--data-parallel-size"),
@@ -62,17 +72,16 @@ def test_what_is_not_served_names_its_flag(change: str, value: Any, flag: str) -
 @pytest.mark.parametrize(
     ("change", "value", "flag"),
     [
-        ("tensor_parallel_size", 2, "--tensor-parallel-size"),
         ("pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("data_parallel_size", 2, "--data-parallel-size"),
         ("enable_lora", True, "--enable-lora"),
-        ("speculative_config", {"method": "ngram"}, "--speculative-config"),
+        ("speculative_config", {"model": "a-draft"}, "--speculative-config"),
         ("prefix_caching_hash_algo", "xxhash", "--prefix-caching-hash-algo"),
     ],
 )
 def test_what_is_not_served_is_seen_in_the_flags_too(change: str, value: Any, flag: str) -> None:
     plain = {
-        "tensor_parallel_size": 1,
+        "tensor_parallel_size": 2,
         "enable_lora": False,
         "speculative_config": None,
         "prefix_caching_hash_algo": "sha256",
@@ -99,46 +108,3 @@ def test_the_version_of_the_engine_that_runs_is_looked_at(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("version", ["0.29.0", "0.32.0+cpu", "0.33.1rc1"])
 def test_a_version_inside_the_range_is_served(version: str) -> None:
     support.check_version(version)
-
-
-def spec(**changes: Any) -> Any:
-    import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    return FullAttentionSpec(
-        **{"block_size": 32, "num_kv_heads": 3, "head_size": 64, "dtype": torch.bfloat16, **changes}
-    )
-
-
-def cache_config(*specs: Any) -> Any:
-    groups = [SimpleNamespace(kv_cache_spec=s, layer_names=["a", "b"]) for s in specs]
-    return SimpleNamespace(kv_cache_groups=groups, hash_block_size=32, num_blocks=7)
-
-
-def test_geometry_is_of_the_whole_block_over_all_layers() -> None:
-    geometry = support.geometry_of(None, cache_config(spec()))
-    assert geometry.layer_bytes == 32 * 3 * 64 * 2 * 2
-    assert geometry.block_bytes == 2 * geometry.layer_bytes
-    assert geometry.n_device_blocks == 7
-
-
-def test_several_groups_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedEngine, match="2 KV-cache groups"):
-        support.geometry_of(None, cache_config(spec(), spec()))
-
-
-def test_other_kinds_of_attention_are_refused_by_name() -> None:
-    import torch
-    from vllm.v1.kv_cache_interface import SlidingWindowSpec
-
-    window = SlidingWindowSpec(
-        block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16, sliding_window=128
-    )
-    with pytest.raises(UnsupportedEngine, match="SlidingWindowSpec"):
-        support.geometry_of(None, cache_config(window))
-
-
-@pytest.mark.parametrize("change", [{"sliding_window": 128}, {"attention_chunk_size": 64}])
-def test_windows_that_the_engine_keeps_in_full_are_refused_too(change: dict[str, int]) -> None:
-    with pytest.raises(UnsupportedEngine, match="sliding-window or chunked"):
-        support.geometry_of(None, cache_config(spec(**change)))

@@ -14,56 +14,66 @@ import pytest
 import torch
 
 from kvmem.config import Config
-from kvmem.engines.vllm.support import Geometry
-from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Load
+from kvmem.engines.vllm.geometry import Geometry, Group
+from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Load, LoadPart
 from kvmem.engines.vllm.worker import (
     WorkerHalf,
     _all_cores,
-    _block_range,
     _Device,
     _engine_cores,
+    _pieces,
 )
 from kvmem.errors import UnsupportedEngine
 from kvmem.store.arena import Arena
+from kvmem.types import GroupShape
 
 pytestmark = pytest.mark.engine
 BYTES = 8 << 20
 
 
-def geometry(layer_bytes: int, n_device_blocks: int = 10) -> Geometry:
-    return Geometry(
-        block_tokens=16,
-        block_bytes=layer_bytes,
-        n_device_blocks=n_device_blocks,
-        layers=("a",),
-        layer_bytes=layer_bytes,
-    )
+def geometry(n_bytes: int, n_device_blocks: int = 10) -> Geometry:
+    group = Group(GroupShape(16), ("a",), (n_bytes,))
+    return Geometry((group,), n_device_blocks, hash_tokens=16)
+
+
+def pieces(tensors: Any, n_bytes: int) -> list[tuple[int, int, int]]:
+    return _pieces("a", tensors, n_bytes, n_device_blocks=10)
+
+
+def test_a_layer_of_several_states_is_moved_state_by_state() -> None:
+    page = torch.zeros(10, 4096, dtype=torch.uint8)
+    first = page[:, :300].view(10, 3, 100)
+    second = page[:, 512:1024]
+    assert pieces([first, second], 812) == [
+        (page.data_ptr(), 4096, 300),
+        (page.data_ptr() + 512, 4096, 512),
+    ]
 
 
 def test_a_layer_of_its_own_is_dense_from_block_to_block() -> None:
     tensor = torch.zeros(10, 3, 16, 128, dtype=torch.bfloat16)
     n_bytes = 3 * 16 * 128 * 2
-    assert _block_range("a", tensor, geometry(n_bytes)) == (tensor.data_ptr(), n_bytes)
+    assert pieces(tensor, n_bytes) == [(tensor.data_ptr(), n_bytes, n_bytes)]
 
 
 def test_a_layer_inside_a_block_of_all_layers_keeps_its_stride() -> None:
     whole = torch.zeros(10, 30, 3, 16, 128, dtype=torch.bfloat16)
     n_bytes = 3 * 16 * 128 * 2
-    address, stride = _block_range("a", whole[:, 7], geometry(n_bytes))
+    ((address, stride, piece),) = pieces(whole[:, 7], n_bytes)
     assert address == whole.data_ptr() + 7 * n_bytes
-    assert stride == 30 * n_bytes
+    assert (stride, piece) == (30 * n_bytes, n_bytes)
 
 
 def test_permuted_but_dense_blocks_are_moved_whole() -> None:
     tensor = torch.zeros(10, 16, 3, 128, dtype=torch.bfloat16).permute(0, 2, 1, 3)
     n_bytes = 3 * 16 * 128 * 2
-    assert _block_range("a", tensor, geometry(n_bytes))[1] == n_bytes
+    assert pieces(tensor, n_bytes)[0][1:] == (n_bytes, n_bytes)
 
 
 def test_kernel_blocks_smaller_than_the_managers_are_moved_together() -> None:
     tensor = torch.zeros(40, 3, 16, 128, dtype=torch.bfloat16)
     n_bytes = 4 * 3 * 16 * 128 * 2
-    assert _block_range("a", tensor, geometry(n_bytes))[1] == n_bytes
+    assert pieces(tensor, n_bytes)[0][1:] == (n_bytes, n_bytes)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +88,7 @@ def test_kernel_blocks_smaller_than_the_managers_are_moved_together() -> None:
 )
 def test_a_layout_that_is_no_range_of_memory_is_refused(tensor: torch.Tensor) -> None:
     with pytest.raises(UnsupportedEngine, match="KV layout of a"):
-        _block_range("a", tensor, geometry(3 * 16 * 128 * 4))
+        pieces(tensor, 3 * 16 * 128 * 4)
 
 
 def worker_half(**settings: Any) -> WorkerHalf:
@@ -86,22 +96,20 @@ def worker_half(**settings: Any) -> WorkerHalf:
     half = WorkerHalf.__new__(WorkerHalf)
     half.config = Config(**settings)
     half.geometry = geometry(BYTES, n_device_blocks=2)
-    half._device = _Device()
     half._arena = half._loader = half._storer = None
     half._asked, half._ask_again = 0, 1
     half._acks = Acks()
     half._closing = threading.Event()
     tensor = torch.zeros(2, BYTES, dtype=torch.uint8)
     half._tensors = [tensor]
-    half._device.bases.append(tensor.data_ptr())
-    half._device.strides.append(BYTES)
-    half._device.pieces.append(BYTES)
+    half._devices = [_Device([tensor.data_ptr()], [BYTES], [BYTES])]
+    half.rank = 0
     return half
 
 
 @pytest.fixture
 def arena(arena_name: str) -> Iterator[Arena]:
-    arena = Arena.create(arena_name, n_slots=2, slot_bytes=BYTES, namespace=b"n" * 32, group=0)
+    arena = Arena.create(arena_name, n_slots=2, slot_bytes=BYTES, namespace=b"n" * 32)
     yield arena
     arena.close(unlink=True)
 
@@ -145,7 +153,7 @@ def test_the_throttle_makes_a_load_wait_as_long_as_its_bytes_would_take(
     waited: list[float] = []
     monkeypatch.setattr(half, "_closing", SimpleNamespace(wait=waited.append))
     verify = np.ones(2, np.uint8)
-    done = half._load(Load("a", ids, ids, generations, bytes(64), verify))
+    done = half._load(Load("a", [LoadPart(0, ids, ids, generations, bytes(64), verify)]))
     assert done.bytes == 2 * BYTES
     assert waited[0] == pytest.approx(2 * BYTES / 0.5e9, rel=0.5)
     half._arena.close(unlink=False)  # type: ignore[union-attr]

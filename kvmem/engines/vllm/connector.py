@@ -11,10 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 
 from kvmem.config import Config
@@ -42,7 +44,7 @@ log = logging.getLogger("kvmem")
 T = TypeVar("T")
 
 
-class KvmemConnector(KVConnectorBase_V1):
+class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
     """kvmem as a vLLM KV connector; see docs/vllm.md.
 
     Raises:
@@ -200,6 +202,12 @@ class KvmemConnector(KVConnectorBase_V1):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
+        """The same where the engine has one group and asks the old way."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks are needed for one more copy, and the request's receipt."""
 
         def otherwise() -> tuple[bool, dict[str, Any] | None]:
@@ -264,17 +272,33 @@ class KvmemConnector(KVConnectorBase_V1):
                 lambda: self.worker.fail_stores(orders),
             )
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """The same, with the loads that failed as a whole; asked by vLLM since 0.30."""
+        sent, received = self._results()
+        failed = self._safely(
+            "get_transfer_results",
+            lambda: self.worker.failed_requests(),
+            lambda: set(received),  # I5: nothing that may have failed passes for loaded
+        )
+        self.worker.told_results()
+        return base.KVConnectorTransferResults(
+            finished_sending=sent, finished_recving=received, failed_recving=failed & received
+        )
+
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose kept blocks were copied, and requests whose load is over."""
+        results = self._results()
+        self.worker.told_results()
+        return results
+
+    def _results(self) -> tuple[set[str], set[str]]:
         orders = self._connector_metadata if isinstance(self._connector_metadata, Orders) else None
-        results = self._safely(
+        return self._safely(
             "get_finished",
             lambda: self.worker.results(orders),
             lambda: self.worker.surrender(),
             (set(), set()),
         )
-        self.worker.told_results()
-        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that the engine must compute after all.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvmem.config import Config
+from kvmem.engines.vllm.geometry import Geometry
 from kvmem.errors import ConfigError
 from kvmem.types import Namespace
 
@@ -199,9 +200,7 @@ def namespace_of(
     config: Config,
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
-    *,
-    block_tokens: int,
-    block_bytes: int,
+    geometry: Geometry,
 ) -> Namespace:
     """The namespace of this engine.
 
@@ -215,7 +214,6 @@ def namespace_of(
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     layout = ":".join(
         (
             str(getattr(kv_cache_config, "kv_cache_layout", None)),
@@ -228,11 +226,12 @@ def namespace_of(
     return Namespace(
         weights=_weights(config, vllm_config),
         model_config=_model_config(vllm_config),
-        kv_dtype=f"{vllm_config.cache_config.cache_dtype}/{getattr(spec, 'dtype', None)}",
+        kv_dtype=str(vllm_config.cache_config.cache_dtype),
         kv_layout=layout,
-        block_tokens=block_tokens,
-        block_bytes=block_bytes,
-        n_layers=len(kv_cache_config.kv_cache_groups[0].layer_names),
+        groups=tuple(
+            f"{group.kv_cache_spec}, layers {ours.layers}, bytes {ours.pages}"
+            for group, ours in zip(kv_cache_config.kv_cache_groups, geometry.groups, strict=True)
+        ),
         tensor_parallel=parallel.tensor_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
         hash_algorithm=vllm_config.cache_config.prefix_caching_hash_algo,

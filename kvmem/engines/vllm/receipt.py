@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvmem.cache import Grant
 from kvmem.config import Config
 
 if TYPE_CHECKING:
@@ -53,33 +52,32 @@ class Receipt:
     device: int = 0
     host: int = 0
     computed: int = 0
-    host_blocks: int = 0
     blocks_stored: int = 0
     refused: int = 0
     load_ms: float = 0.0
     store_ms: float = 0.0
     miss: str = "new"
-    first_missing_block: int | None = None
+    resumed_at: int = 0
     _counted: bool = False
 
-    def matched(
-        self, request: Request, start: int, grant: Grant | None, missing: str, block_tokens: int
-    ) -> None:
-        """Notes what the first lookup found; later ones are of a request that was preempted."""
+    def matched(self, request: Request, start: int, stop: int, missing: str) -> None:
+        """Notes what the first lookup found: `start` tokens on the device, all up to `stop` here.
+
+        Later lookups are of a request that was preempted.
+        """
         if self._is_told(request):
             return
-        n_blocks = grant.n_blocks if grant is not None else start
         self.prompt = request.num_prompt_tokens
-        self.device = start * block_tokens
-        self.host_blocks = max(0, n_blocks - start)
+        self.device = start
+        self.host = max(0, stop - start)
         self.miss = missing
-        self.first_missing_block = None if missing == "none" else n_blocks
+        self.resumed_at = stop
 
-    def load_failed(self, request: Request, host_blocks: int) -> None:
-        """Notes that only so many blocks of what the first lookup found could be used."""
+    def load_failed(self, request: Request, host_tokens: int) -> None:
+        """Notes that only so many tokens of what the first lookup found could be used."""
         if not self._is_told(request):
             self.miss = "load_failed"
-            self.host_blocks = host_blocks
+            self.host = host_tokens
 
     def _is_told(self, request: Request) -> bool:
         """Where the prompt came from is known: the request was preempted since, or is over."""
@@ -91,12 +89,12 @@ class Receipt:
 
         `tokens` says where the prompt's KV came from; `computed` is the rest. `miss` says why
         block `first_missing_block` was not here: none, new, evicted, pending, quarantined,
-        cleared, abandoned, load_off or load_failed.
+        cleared, abandoned, no_boundary, load_off or load_failed.
         """
         self._counted = True
         self.prompt = request.num_prompt_tokens
-        self.host = self.host_blocks * block_tokens
         self.computed = max(0, self.prompt - self.device - self.host)
+        first_missing = None if self.miss == "none" else self.resumed_at // block_tokens
         receipt: dict[str, Any] = {
             "tokens": {
                 "prompt": self.prompt,
@@ -109,7 +107,7 @@ class Receipt:
             "load_ms": round(self.load_ms, 3),
             "store_ms": round(self.store_ms, 3),
             "miss": self.miss,
-            "first_missing_block": self.first_missing_block,
+            "first_missing_block": first_missing,
         }
         if self.error is not None:
             receipt["error"] = self.error

@@ -1,11 +1,13 @@
 """What the two halves of the connector say to each other.
 
-Down, every step: `Orders` (the engine's KVConnectorMetadata). Up, every step that did something:
-`Acks` (its KVConnectorWorkerMetadata). vLLM carries both between its own processes.
+Down, every step: `Orders` (the engine's KVConnectorMetadata), to every worker. Up, every step that
+did something: `Acks` (its KVConnectorWorkerMetadata), which the engine aggregates over the workers
+of a step. vLLM carries both between its own processes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,22 +17,31 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvmem.errors import EngineError
-
-__all__ = ["MAP_FAILED", "Acks", "Load", "LoadDone", "Orders", "Store", "StoreDone"]
+__all__ = [
+    "MAP_FAILED",
+    "Acks",
+    "Bad",
+    "Load",
+    "LoadDone",
+    "LoadPart",
+    "Orders",
+    "Store",
+    "StoreDone",
+]
 
 # Where a failure of the worker's half was, when it is the arena that it can't map.
 MAP_FAILED = "worker.map"
 
 Ids = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint64]
+Bad = tuple[int, int, bytes, int]  # slot, generation, key, status of a block that failed to load
 
 
 @dataclass(slots=True)
-class Load:
-    """Copy slots to device blocks for a request; all arrays are of one length."""
+class LoadPart:
+    """Slots to copy to device blocks of one KV-cache group; all arrays are of one length."""
 
-    request_id: str
+    group: int
     block_ids: Ids
     slots: Ids
     generations: Words
@@ -39,10 +50,24 @@ class Load:
 
 
 @dataclass(slots=True)
-class Store:
-    """Copy device blocks to reserved slots, after this step's forward."""
+class Load:
+    """All that is to be loaded for a request."""
 
     request_id: str
+    parts: list[LoadPart]
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The device blocks of all parts."""
+        return [block for part in self.parts for block in part.block_ids.tolist()]
+
+
+@dataclass(slots=True)
+class Store:
+    """Copy device blocks of one group to reserved slots, after this step's forward."""
+
+    request_id: str
+    group: int
     block_ids: Ids
     slots: Ids
     generations: Words
@@ -71,23 +96,41 @@ class Orders(KVConnectorMetadata):
 
 @dataclass(slots=True)
 class LoadDone:
-    """How a load ended; `bad` lists (slot, generation, key, status) of blocks that failed."""
+    """How a load ended on one rank."""
 
     request_id: str
+    rank: int
     blocks: int
     bytes: int
     seconds: float
-    bad: list[tuple[int, int, bytes, int]] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class StoreDone:
-    """The stores of one `Orders`, in its order; blocks with a status other than 0 failed."""
+    """The stores of one `Orders`, in its order; blocks with a status other than 0 failed.
+
+    `ranks` workers have said so: a block is whole when all of them have (I4). Their checksums are
+    combined by exclusive or.
+    """
 
     sequence: int
     statuses: list[npt.NDArray[np.uint8]]
     checksums: list[Words]
     seconds: float
+    ranks: int = 1
+
+    def joined(self, other: StoreDone) -> StoreDone:
+        """This step's stores as both tell of them."""
+        pairs = zip(self.statuses, other.statuses, strict=True)
+        sums = zip(self.checksums, other.checksums, strict=True)
+        return StoreDone(
+            self.sequence,
+            [np.maximum(mine, theirs) for mine, theirs in pairs],
+            [mine ^ theirs for mine, theirs in sums],
+            max(self.seconds, other.seconds),
+            self.ranks + other.ranks,
+        )
 
 
 @dataclass(slots=True)
@@ -99,8 +142,19 @@ class Acks(KVConnectorWorkerMetadata):
     failures: list[tuple[str, str]] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Never called: more than one worker is refused at start."""
-        raise EngineError(
-            "kvmem got acknowledgements of two workers, but serves one",
-            next_step="Start vLLM with --tensor-parallel-size 1.",
+        """What two workers did, in one."""
+        assert isinstance(other, Acks)  # the engine asks workers of one connector
+        return Acks(
+            _join(self.stores + other.stores),
+            self.loads + other.loads,
+            self.failures + other.failures,
         )
+
+
+def _join(stores: Iterable[StoreDone]) -> list[StoreDone]:
+    """One entry a step, in the steps' order."""
+    joined: dict[int, StoreDone] = {}
+    for done in stores:
+        before = joined.get(done.sequence)
+        joined[done.sequence] = done if before is None else before.joined(done)
+    return [joined[sequence] for sequence in sorted(joined)]

@@ -1,4 +1,4 @@
-"""The worker's half: copies between the engine's device blocks and the arena, nothing else.
+"""The worker's half: copies between its rank's device blocks and shares of the arena's slots.
 
 Loads run on one thread of its own, from before a step's forward on; stores run after the forward,
 in the worker's thread, so that a block is complete when it is read and unchanged until it is
@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,17 @@ import numpy as np
 from kvmem._core import SlotCopier
 from kvmem.config import Config
 from kvmem.engines.vllm import support
-from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Load, LoadDone, Orders, StoreDone
+from kvmem.engines.vllm.geometry import geometry_of
+from kvmem.engines.vllm.wire import (
+    MAP_FAILED,
+    Acks,
+    Bad,
+    Load,
+    LoadDone,
+    LoadPart,
+    Orders,
+    StoreDone,
+)
 from kvmem.errors import EngineError, KVMemError, UnsupportedEngine
 from kvmem.store.arena import Arena
 
@@ -34,13 +44,15 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerHalf"]
 
+_NO_STATUS, _NO_WORDS = np.zeros(0, np.uint8), np.zeros(0, np.uint64)
 NOT_COPIED = 255  # status of a block that the copier was never asked for
 IDLE_WAIT_S = 0.02
 
 
 @dataclass(slots=True)
 class _Device:
-    """Where the engine keeps each layer: base address, bytes between blocks, bytes of a block."""
+    """Where the engine keeps a group's KV: base address, bytes between blocks, bytes of a block of
+    each layer, or of each state of a layer."""
 
     bases: list[int] = field(default_factory=list)
     strides: list[int] = field(default_factory=list)
@@ -55,9 +67,10 @@ class WorkerHalf:
     ) -> None:
         support.check_engine(vllm_config)
         self.config = config
-        self.geometry = support.geometry_of(vllm_config, kv_cache_config)
-        self._device = _Device()
-        self._tensors: list[torch.Tensor] = []
+        self.geometry = geometry_of(vllm_config, kv_cache_config)
+        self.rank = _rank_of(vllm_config)
+        self._devices: list[_Device] = []
+        self._tensors: list[torch.Tensor | Sequence[torch.Tensor]] = []
         self._arena: Arena | None = None
         # One for each direction: a load that is under way must not take a store's threads, since
         # the engine's step waits for stores.
@@ -69,6 +82,9 @@ class WorkerHalf:
         self._loads: dict[Future[LoadDone], Load] = {}
         self._received: set[str] = set()
         self._sent: set[str] = set()
+        # What the engine must compute after all: blocks where it has one group of them, whole
+        # requests where the blocks' numbers mean nothing without their group.
+        self._failed: set[str] = set()
         self.bad_blocks: set[int] = set()
         self._acks = Acks()
         self._closing = threading.Event()
@@ -79,21 +95,27 @@ class WorkerHalf:
         # would run the load after the engine was told that there is none.
         self._pool.submit(int).result()
 
-    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+    def register(self, kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> None:
         """Notes where each layer's blocks lie; the tensors stay the engine's.
+
+        A layer has one tensor, or, with states, several.
 
         Raises:
             UnsupportedEngine: blocks of a layer are not whole ranges of memory.
         """
-        device = _Device()
-        for name in self.geometry.layers:
-            tensor = kv_caches[name]
-            base, stride = _block_range(name, tensor, self.geometry)
-            device.bases.append(base)
-            device.strides.append(stride)
-            device.pieces.append(self.geometry.layer_bytes)
-            self._tensors.append(tensor)
-        self._device = device
+        devices = []
+        for group in self.geometry.groups:
+            device = _Device()
+            for name, n_bytes in zip(group.layers, group.pages, strict=True):
+                tensors = kv_caches[name]
+                found = _pieces(name, tensors, n_bytes, self.geometry.n_device_blocks)
+                for base, stride, piece in found:
+                    device.bases.append(base)
+                    device.strides.append(stride)
+                    device.pieces.append(piece)
+                self._tensors.append(tensors)
+            devices.append(device)
+        self._devices = devices
 
     # -- loads -------------------------------------------------------------------------------
 
@@ -116,26 +138,38 @@ class WorkerHalf:
         begun = {load.request_id for load in self._loads.values()} | self._received
         for load in orders.loads:
             if load.request_id not in begun:  # a load is answered once
-                self._refuse([(load.request_id, load.block_ids.tolist())])
-                self._acks.loads.append(_nothing_of(load))
+                self._refuse([(load.request_id, load.block_ids)])
+                self._acks.loads.append(self._nothing_of(load))
 
-    def _refuse(self, loads: list[tuple[str, list[int]]]) -> None:
+    def _refuse(self, loads: Iterable[tuple[str, list[int]]]) -> None:
         for request_id, block_ids in loads:
             self._received.add(request_id)
+            self._spoil(request_id, block_ids)
+
+    def _spoil(self, request_id: str, block_ids: list[int]) -> None:
+        """The engine must compute these blocks."""
+        if len(self.geometry.groups) == 1:
             self.bad_blocks.update(block_ids)
+        else:
+            self._failed.add(request_id)
 
     def _load(self, load: Load) -> LoadDone:
         copier = self._loader
         if copier is None:
             raise EngineError("kvmem: a load began without an arena")
         begin = time.perf_counter()
-        status = copier.load(load.block_ids, load.slots, load.generations, load.keys, load.verify)
-        n_bytes = int((status == 0).sum()) * self.geometry.block_bytes
+        n_bytes, bad = 0, []
+        for part in load.parts:
+            status = copier.load(
+                part.block_ids, part.slots, part.generations, part.keys, part.verify, part.group
+            )
+            n_bytes += int((status == 0).sum()) * sum(self._devices[part.group].pieces)
+            bad += _bad(part, status)
         if self.config.throttle_gb_s:
             owed = n_bytes / (self.config.throttle_gb_s * 1e9) - (time.perf_counter() - begin)
             self._closing.wait(max(0.0, owed))
         seconds = time.perf_counter() - begin
-        return LoadDone(load.request_id, len(status), n_bytes, seconds, _bad(load, status))
+        return LoadDone(load.request_id, self.rank, len(load.block_ids), n_bytes, seconds, bad)
 
     def results(self, orders: Orders | None) -> tuple[set[str], set[str]]:
         """Requests whose kept blocks are copied, and requests whose load is over, well or not.
@@ -152,14 +186,9 @@ class WorkerHalf:
                 done = future.result()
             else:
                 self._fail("load", error)
-                done = _nothing_of(load)
-            bad = {key for _, _, key, _ in done.bad}
-            if bad:
-                self.bad_blocks.update(
-                    block
-                    for block, key in zip(load.block_ids.tolist(), _keys(load), strict=True)
-                    if key in bad
-                )
+                done = self._nothing_of(load)
+            if done.bad:
+                self._spoil(load.request_id, _bad_blocks(load, done.bad))
             self._acks.loads.append(done)
             self._received.add(load.request_id)
             del self._loads[future]
@@ -172,8 +201,8 @@ class WorkerHalf:
         """
         wait(self._loads)
         for load in self._loads.values():
-            self._refuse([(load.request_id, load.block_ids.tolist())])
-            self._acks.loads.append(_nothing_of(load))
+            self._refuse([(load.request_id, load.block_ids)])
+            self._acks.loads.append(self._nothing_of(load))
         self._loads.clear()
         return set(self._sent), set(self._received)
 
@@ -181,6 +210,11 @@ class WorkerHalf:
         """The engine has the results."""
         self._sent.clear()
         self._received.clear()
+        self._failed.clear()
+
+    def failed_requests(self) -> set[str]:
+        """Requests among the received whose load failed, where the engine has several groups."""
+        return set(self._failed)
 
     def failed_blocks(self) -> set[int]:
         """Device blocks that a load did not fill, until `told_failed_blocks`."""
@@ -204,21 +238,24 @@ class WorkerHalf:
             self.fail_stores(orders)
             return
         begin = time.perf_counter()
-        status, checksums = copier.store(
-            np.concatenate([s.block_ids for s in orders.stores]),
-            np.concatenate([s.slots for s in orders.stores]),
-            np.concatenate([s.generations for s in orders.stores]),
-            b"".join(s.keys for s in orders.stores),
-        )
-        cuts = np.cumsum([len(s.slots) for s in orders.stores])[:-1]
-        self._acks.stores.append(
-            StoreDone(
-                orders.sequence,
-                np.split(status, cuts),
-                np.split(checksums, cuts),
-                time.perf_counter() - begin,
+        statuses: list[np.ndarray] = [_NO_STATUS] * len(orders.stores)
+        checksums: list[np.ndarray] = [_NO_WORDS] * len(orders.stores)
+        for group in sorted({s.group for s in orders.stores}):
+            # One call for a group: the copier's threads share all of its blocks.
+            at = [i for i, s in enumerate(orders.stores) if s.group == group]
+            stores = [orders.stores[i] for i in at]
+            status, sums = copier.store(
+                np.concatenate([s.block_ids for s in stores]),
+                np.concatenate([s.slots for s in stores]),
+                np.concatenate([s.generations for s in stores]),
+                b"".join(s.keys for s in stores),
+                group,
             )
-        )
+            cuts = np.cumsum([len(s.slots) for s in stores])[:-1]
+            for i, one, its in zip(at, np.split(status, cuts), np.split(sums, cuts), strict=True):
+                statuses[i], checksums[i] = one, its
+        seconds = time.perf_counter() - begin
+        self._acks.stores.append(StoreDone(orders.sequence, statuses, checksums, seconds))
 
     def fail_stores(self, orders: Orders) -> None:
         """The step's stores are not made: their slots go back, and the engine its blocks."""
@@ -279,63 +316,97 @@ class WorkerHalf:
 
     def _copier(self, arena: Arena) -> SlotCopier:
         threads = self.config.copy_threads or min(4, len(os.sched_getaffinity(0)))
-        copier = SlotCopier(np.frombuffer(arena.buffer, np.uint8), threads)
-        copier.register_layers(
-            np.asarray(self._device.bases, np.uint64),
-            np.asarray(self._device.strides, np.uint64),
-            np.asarray(self._device.pieces, np.uint64),
-            self.geometry.n_device_blocks,
-        )
+        copier = SlotCopier(np.frombuffer(arena.buffer, np.uint8), threads, self.rank)
+        for group, device in enumerate(self._devices):
+            copier.register_layers(
+                np.asarray(device.bases, np.uint64),
+                np.asarray(device.strides, np.uint64),
+                np.asarray(device.pieces, np.uint64),
+                self.geometry.n_device_blocks,
+                group,
+            )
         return copier
+
+    def _nothing_of(self, load: Load) -> LoadDone:
+        bad = [row for part in load.parts for row in _bad(part)]
+        return LoadDone(load.request_id, self.rank, len(load.block_ids), 0, 0.0, bad)
 
     def _fail(self, where: str, error: BaseException) -> None:
         self.failed(f"worker.{where}", f"{type(error).__name__}: {error}")
 
 
-def _keys(load: Load) -> list[bytes]:
-    return [load.keys[i : i + 32] for i in range(0, len(load.keys), 32)]
-
-
-def _nothing_of(load: Load) -> LoadDone:
-    return LoadDone(load.request_id, len(load.block_ids), 0, 0.0, _bad(load))
-
-
-def _bad(load: Load, status: np.ndarray | None = None) -> list[tuple[int, int, bytes, int]]:
-    """(slot, generation, key, status) of the blocks of a load that failed; all without `status`."""
-    codes = status.tolist() if status is not None else [NOT_COPIED] * len(load.slots)
-    rows = zip(load.slots.tolist(), load.generations.tolist(), _keys(load), codes, strict=True)
+def _bad(part: LoadPart, status: np.ndarray | None = None) -> list[Bad]:
+    """Those of a part's blocks that failed; all without `status`."""
+    codes = status.tolist() if status is not None else [NOT_COPIED] * len(part.slots)
+    keys = [part.keys[i : i + 32] for i in range(0, len(part.keys), 32)]
+    rows = zip(part.slots.tolist(), part.generations.tolist(), keys, codes, strict=True)
     return [row for row in rows if row[3] != 0]
 
 
-def _block_range(name: str, tensor: torch.Tensor, geometry: support.Geometry) -> tuple[int, int]:
-    """Address of the layer's block 0 and the bytes from block to block.
+def _bad_blocks(load: Load, bad: list[Bad]) -> list[int]:
+    slots = {row[0] for row in bad}
+    return [
+        block
+        for part in load.parts
+        for block, slot in zip(part.block_ids.tolist(), part.slots.tolist(), strict=True)
+        if slot in slots
+    ]
 
-    The tensor is [n_blocks * k, ...] where a block of the manager is k blocks of the kernel; its
+
+def _rank_of(vllm_config: VllmConfig) -> int:
+    """Which share of every block is this worker's."""
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return 0
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())
+
+
+def _pieces(
+    name: str,
+    tensors: torch.Tensor | Sequence[torch.Tensor],
+    n_bytes: int,
+    n_device_blocks: int,
+) -> list[tuple[int, int, int]]:
+    """Address of block 0, bytes from block to block and bytes of a block, of each tensor of a
+    layer; they make `n_bytes` a block.
+
+    A tensor is [n_blocks * k, ...] where a block of the manager is k blocks of the kernel; its
     bytes must be one dense range, since they are moved as they are, in the kernel's own packing.
+
+    Raises:
+        UnsupportedEngine: they are not.
     """
-    if tensor.device.type != "cpu":
+    parts: Sequence[torch.Tensor] = tensors if isinstance(tensors, Sequence) else (tensors,)
+    for tensor in parts:
+        if tensor.device.type != "cpu":
+            raise UnsupportedEngine(
+                f"kvmem's vLLM connector does not serve KV on {tensor.device} yet",
+                next_step="Use vLLM's CPU build, or start without kvmem's --kv-transfer-config.",
+            )
+    found = [piece for tensor in parts if (piece := _piece(tensor, n_device_blocks)) is not None]
+    if len(found) < len(parts) or sum(piece for _, _, piece in found) != n_bytes:
+        shapes = ", ".join(f"shape {tuple(t.shape)}, strides {t.stride()}" for t in parts)
         raise UnsupportedEngine(
-            f"kvmem's vLLM connector does not serve KV on {tensor.device} yet",
-            next_step="Use vLLM's CPU build, or start without kvmem's --kv-transfer-config.",
+            f"kvmem's vLLM connector does not serve the KV layout of {name}: {shapes}, "
+            f"{n_device_blocks} blocks of {n_bytes} bytes",
+            next_step="Start without kvmem's --kv-transfer-config.",
         )
-    item, n_first = tensor.element_size(), tensor.shape[0]
-    per_block, rest = divmod(n_first, geometry.n_device_blocks)
+    return found
+
+
+def _piece(tensor: torch.Tensor, n_device_blocks: int) -> tuple[int, int, int] | None:
+    item = tensor.element_size()
+    per_block, rest = divmod(tensor.shape[0], n_device_blocks)
     inner_dense = 1 + sum(
         (n - 1) * s for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
     )
     inner_bytes = item * tensor[0].numel()
     stride = tensor.stride(0) * item
     whole = per_block >= 1 and rest == 0 and inner_dense * item == inner_bytes
-    if per_block > 1:
-        whole = whole and stride == inner_bytes
-    if not whole or inner_bytes * per_block != geometry.layer_bytes:
-        raise UnsupportedEngine(
-            f"kvmem's vLLM connector does not serve the KV layout of {name}: shape "
-            f"{tuple(tensor.shape)}, strides {tensor.stride()}, {geometry.n_device_blocks} blocks "
-            f"of {geometry.layer_bytes} bytes",
-            next_step="Start without kvmem's --kv-transfer-config.",
-        )
-    return tensor.data_ptr(), stride * per_block
+    if not whole or (per_block > 1 and stride != inner_bytes):
+        return None
+    return tensor.data_ptr(), stride * per_block, inner_bytes * per_block
 
 
 def _engine_cores() -> set[int]:

@@ -1,0 +1,153 @@
+"""How the engine cuts KV into blocks: its KV-cache groups, and what each needs to be resumed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvmem.engines.vllm.support import refuse
+from kvmem.types import GroupShape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+
+__all__ = ["Geometry", "Group", "geometry_of"]
+
+MAX_GROUPS = 64
+_MODELS = "Use a model whose layers are full attention, sliding windows or states."
+
+
+class Group(msgspec.Struct, frozen=True):
+    """One KV-cache group of the engine: `pages[i]` bytes of a block lie in layer `layers[i]`.
+
+    `from_offers`: the engine says itself which block holds which state (its mamba mode "align").
+    """
+
+    shape: GroupShape
+    layers: tuple[str, ...]
+    pages: tuple[int, ...]
+    from_offers: bool = False
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block over the group's layers."""
+        return sum(self.pages)
+
+
+class Geometry(msgspec.Struct, frozen=True):
+    """The engine's blocks, in groups; one of its hashes is over `hash_tokens` tokens."""
+
+    groups: tuple[Group, ...]
+    n_device_blocks: int
+    hash_tokens: int
+
+    @property
+    def shapes(self) -> tuple[GroupShape, ...]:
+        """The groups' shapes."""
+        return tuple(group.shape for group in self.groups)
+
+    @property
+    def block_tokens(self) -> int:
+        """Prompts are resumed at multiples of so many tokens."""
+        return math.lcm(*(shape.block_tokens for shape in self.shapes))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the largest group's block."""
+        return max(group.block_bytes for group in self.groups)
+
+
+def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geometry:
+    """The geometry of the engine's blocks.
+
+    Raises:
+        UnsupportedEngine: a kind of attention, or a combination, that is not served yet.
+    """
+    cache_groups = kv_cache_config.kv_cache_groups
+    groups = tuple(_group_of(group) for group in cache_groups)
+    if len(groups) > MAX_GROUPS:
+        refuse(f"a model with {len(groups)} KV-cache groups", "Use another model.")
+    if len(groups) > 1:
+        _check_several(vllm_config, groups)
+    hash_tokens = getattr(kv_cache_config, "hash_block_size", None)
+    if hash_tokens is None:
+        hash_tokens = math.gcd(*(group.shape.block_tokens for group in groups))
+    for group in groups:
+        if group.shape.block_tokens % hash_tokens:
+            refuse(
+                f"block hashes over {hash_tokens} tokens with blocks of {group.shape.block_tokens}",
+                "Leave out --hash-block-size and --prefix-match-unit.",
+            )
+    return Geometry(
+        groups=groups, n_device_blocks=kv_cache_config.num_blocks, hash_tokens=hash_tokens
+    )
+
+
+def _group_of(group: KVCacheGroupSpec) -> Group:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    whole = group.kv_cache_spec
+    layers = tuple(group.layer_names)
+    if isinstance(whole, UniformTypeKVCacheSpecs):
+        specs = [whole.kv_cache_specs[name] for name in layers]
+    else:
+        specs = [whole] * len(layers)
+    if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
+        refuse("KV that the engine keeps on the host itself", "Leave out --hisparse.")
+    if group.is_eagle_group:
+        refuse("a draft model with KV of its own", "Leave out --speculative-config.")
+    reaches = {_reach_of(spec) for spec in specs}
+    if len(reaches) > 1:
+        refuse("layers of several kinds in one KV-cache group", _MODELS)
+    return Group(
+        shape=GroupShape(whole.block_size, *reaches),
+        layers=layers,
+        pages=tuple(_real_bytes(spec) for spec in specs),
+        from_offers=getattr(specs[0], "mamba_cache_mode", None) == "align",
+    )
+
+
+def _reach_of(spec: KVCacheSpec) -> int | None:
+    """See `GroupShape.reach_tokens`. Kinds that nobody has tried are refused, subclasses too."""
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        MambaSpec,
+        MLAAttentionSpec,
+        SlidingWindowSpec,
+    )
+
+    # Told that there is no hybrid manager, vLLM keeps windows in full, as full attention.
+    if type(spec) in (FullAttentionSpec, MLAAttentionSpec):
+        return None
+    if type(spec) is SlidingWindowSpec:
+        return spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
+    if type(spec) is MambaSpec:
+        if spec.mamba_cache_mode == "none":
+            refuse(
+                "a model with states whose prefix caching is off", "Set --enable-prefix-caching."
+            )
+        if spec.num_speculative_blocks:
+            refuse("speculative decoding with states", "Leave out --speculative-config.")
+        return 1
+    return refuse(f"{type(spec).__name__} KV", _MODELS)
+
+
+def _real_bytes(spec: KVCacheSpec) -> int:
+    """Bytes of a layer's block, without what pads it to the other groups' size."""
+    return int(getattr(spec, "real_page_size_bytes", spec.page_size_bytes))
+
+
+def _check_several(vllm_config: VllmConfig, groups: tuple[Group, ...]) -> None:
+    """What several groups need of the engine, beyond what one does."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+    from vllm.v1.core.sched import output
+
+    if not hasattr(base, "KVConnectorTransferResults"):
+        refuse("several KV-cache groups with this vLLM", "Install a newer vLLM.")
+    state = getattr(output, "KVConnectorBlockState", None)
+    told = "boundary_state_offloads" in getattr(state, "__dataclass_fields__", {})
+    if any(group.from_offers for group in groups) and not told:
+        refuse("a model with states with this vLLM", "Install a newer vLLM.")
