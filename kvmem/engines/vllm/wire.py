@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvmem.engines.vllm.adapters import Held
 from kvmem.errors import EngineError
 
 __all__ = ["MAP_FAILED", "Acks", "Load", "LoadDone", "Orders", "Store", "StoreDone"]
@@ -92,11 +93,12 @@ class StoreDone:
 
 @dataclass(slots=True)
 class Acks(KVConnectorWorkerMetadata):
-    """What the worker half did since it last said so."""
+    """What the worker half did since it last said so, and the adapters it holds if they changed."""
 
     stores: list[StoreDone] = field(default_factory=list)
     loads: list[LoadDone] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    adapters: list[Held] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Never called: more than one worker is refused at start."""
