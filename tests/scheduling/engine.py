@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from kvmem.store.layout import DATA_ALIGN, DESCRIPTOR_BYTES, SLOT_ALIGN, slots_within
+from tests.scheduling.core import core_of
 from tests.scheduling.forward import (
     BLOCK,
     CELL_BYTES,
@@ -176,6 +177,7 @@ class Engine:
             hash_block_size=BLOCK,
             log_stats=True,
         )
+        self.core = core_of(self)
         self.worker = KVConnectorFactory.create_connector(
             config=config, role=KVConnectorRole.WORKER, kv_cache_config=kv
         )
@@ -265,7 +267,7 @@ class Engine:
         )
         self._wanted[i] = reply(prompt, n_tokens, salt, STOP if stop else None)
         self.forward.salts[i] = salt
-        self.scheduler.add_request(request)
+        self.core.add_request(request)
         return i
 
     def abort(self, request_id: str) -> None:
@@ -287,6 +289,10 @@ class Engine:
     def forget_device(self) -> bool:
         """Empties the engine's own prefix cache and nothing else."""
         return bool(self.scheduler.reset_prefix_cache(reset_connector=False))
+
+    def new_weights(self) -> None:
+        """A trainer's update, in a running engine."""
+        self.core.collective_rpc("update_weights", kwargs={"update_info": {}})
 
     def reset_connector(self) -> bool:
         """As after a change of weights: what was stored must not answer any more."""
@@ -420,7 +426,8 @@ class Engine:
         """What the blocks of all requests stand for."""
         for request in self.scheduler.requests.values():
             salt = self.turns[request.request_id].salt
-            for at, key in enumerate(request.block_hashes):
+            seen = self.half._seen.get(request.request_id)
+            for at, key in enumerate(seen.keys() if seen is not None else request.block_hashes):
                 if bytes(key) not in self._contents:
                     stop = (at + 1) * BLOCK
                     chain = digests(request.all_token_ids[:stop], salt)

@@ -83,6 +83,7 @@ class _Row:
     blocks: list[int]
     salt: str | None
     start: int = 0
+    begins: bool = True
     _digests: list[bytes] = field(default_factory=list)
 
     def digests(self) -> list[bytes]:
@@ -105,11 +106,17 @@ class Forward:
         self.caches = caches
         self.asynchronous = asynchronous
         self.epoch = 1
+        self.weights = 1  # the epoch of the weights that are served
         self.salts: dict[str, str | None] = {}
         self.first_start: dict[str, int] = {}  # where a request's first chunk began
         self.promised: dict[str, tuple[int, list[int]]] = {}  # loads: oldest epoch, blocks
         self.positions_read = 0
         self._rows: dict[str, _Row] = {}
+
+    def new_weights(self) -> None:
+        """From now on other weights compute."""
+        self.epoch += 1
+        self.weights = self.epoch
 
     def run(self, output: Any) -> dict[str, list[int]]:
         """The step's forward; what it sampled for each request.
@@ -125,6 +132,7 @@ class Forward:
         for request_id, row in rows.items():  # as in a layer: all is written before it is read
             stop = row.start + output.num_scheduled_tokens[request_id]
             self._read(request_id, row, stop)
+            self._check_weights(request_id, row)
             self._check_epoch(request_id, row)
             sampled[request_id] = []
             if stop == len(row.tokens):
@@ -154,6 +162,7 @@ class Forward:
                 assert row.tokens == list(given), f"{request_id}: the runner has other tokens"
             new_blocks = cached.new_block_ids[at]
             if request_id in cached.resumed_req_ids:
+                row.begins = True
                 row.blocks = list(new_blocks[0])
             elif new_blocks is not None:
                 row.blocks += new_blocks[0]
@@ -162,6 +171,19 @@ class Forward:
         """Device block and offset of positions [start, stop)."""
         at = np.arange(start, stop)
         return np.asarray(row.blocks, np.int64)[at // BLOCK], at % BLOCK
+
+    def _check_weights(self, request_id: str, row: _Row) -> None:
+        """A request that begins is given no KV of weights that were served before."""
+        begins, row.begins = row.begins, False
+        if not begins or not row.start:
+            return
+        for cache in self.caches:
+            oldest = int(_epochs(cache[self._cells(row, 0, row.start)]).min())
+            if oldest < self.weights:
+                raise WrongKVError(
+                    f"{request_id} begins at {row.start} on KV of weights {oldest}, served are "
+                    f"{self.weights}"
+                )
 
     def _check_epoch(self, request_id: str, row: _Row) -> None:
         """What was loaded was computed after the last reset before the load was granted."""

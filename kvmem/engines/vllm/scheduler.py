@@ -8,6 +8,7 @@ given back (I4).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from kvmem.config import Config
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.namespace import namespace_of
 from kvmem.engines.vllm.receipt import Receipt, Wishes
+from kvmem.engines.vllm.weights import Live
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Ids, Load, LoadDone, Orders, Store, Words
 from kvmem.errors import CapacityError
 from kvmem.store.arena import Arena, sweep
@@ -53,6 +55,7 @@ class _Seen:
     [0, stored)  leading blocks that were published, reserved or refused: not looked at again
     `device_blocks` are the blocks of the load under way, or those the engine keeps at the end.
     `stale`: computed before a reset, so nothing of it is stored.
+    `adapter`, `tweak`: what its KV depends on beside its tokens, as `Live.admit` settled it.
     """
 
     request: Request
@@ -65,6 +68,15 @@ class _Seen:
     finished: bool = False
     stale: bool = False
     load_failed: bool = False
+    adapter: bytes = b""
+    tweak: bytes = b""
+
+    def keys(self) -> list[Any]:
+        """The identities of its blocks: the engine's own, told apart by the tweak."""
+        keys = self.request.block_hashes
+        if not self.tweak:
+            return keys
+        return [hashlib.sha256(key + self.tweak).digest() for key in keys]
 
     def fail_load(self, good_blocks: int = 0) -> None:
         """One failed load is enough: asked again, the request computes (or it would never end)."""
@@ -128,6 +140,7 @@ class SchedulerHalf:
         self.model = str(
             vllm_config.model_config.served_model_name or vllm_config.model_config.model
         )
+        self.live = Live(self, vllm_config)
         self.failures = 0
         self.last_failure: str | None = None
         self.totals = Totals()
@@ -160,9 +173,9 @@ class SchedulerHalf:
         self._seen[request.request_id] = _Seen(request, wishes, Receipt(error=wishes.error))
         self.totals.requests += 1
 
-    def match(self, request: Request, n_computed_tokens: int) -> tuple[int, bool]:
+    def match(self, request: Request, n_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that kvmem can add beyond the engine's own prefix hit, and that it will load
-        them between steps.
+        them between steps. None: ask again, the engine's own hit has to be looked up anew.
 
         Called again and again for a waiting request, and the answer may be thrown away: asking
         changes nothing but what the request's one lease holds.
@@ -173,6 +186,9 @@ class SchedulerHalf:
         tokens = self.geometry.block_tokens
         start = n_computed_tokens // tokens
         limit = min((request.num_tokens - 1) // tokens, len(request.block_hashes))
+        seen.stale = True  # until it is known what it will be computed with
+        if not self.live.admit(seen, start):
+            return None, False
         # The engine starts it from zero. After a reset that left blocks on the device, a hit there
         # may be on blocks from before it, whatever is stored under their keys by now: nothing on
         # top of a hit is stored until a reset has emptied the device too.
@@ -186,7 +202,7 @@ class SchedulerHalf:
             seen.receipt.matched(request, start, None, reason, tokens)
             return 0, False
         grant = self.cache.acquire(
-            request.request_id, request.block_hashes, start=start, limit=max(limit, start)
+            request.request_id, seen.keys(), start=start, limit=max(limit, start)
         )
         seen.grant = grant
         seen.receipt.matched(request, start, grant, grant.missing, tokens)
@@ -308,7 +324,7 @@ class SchedulerHalf:
 
     def _load(self, request_id: str, seen: _Seen, grant: Grant) -> Load:
         n_blocks = len(seen.device_blocks)
-        keys = b"".join(seen.request.block_hashes[grant.start : grant.start + n_blocks])
+        keys = b"".join(seen.keys()[grant.start : grant.start + n_blocks])
         seen.stored = grant.start + n_blocks
         return Load(
             request_id=request_id,
@@ -329,7 +345,7 @@ class SchedulerHalf:
     def _store(
         self, orders: Orders, request_id: str, seen: _Seen, block_ids: list[int], stop: int
     ) -> None:
-        keys = seen.request.block_hashes
+        keys = seen.keys()
         start = self.cache.match(keys[:stop])
         seen.stored = stop
         if start >= stop:
@@ -363,6 +379,10 @@ class SchedulerHalf:
             self.failed(where, error)
             if where == MAP_FAILED:
                 self._worker_maps = False
+        # First: blocks of a step that loaded other weights than it was keyed for are not published.
+        if acks is not None and acks.adapters:
+            told = acks.adapters
+            self.live.safely("adapters_told", lambda: self.live.adapters_told(told))
         for done in acks.stores if acks is not None else ():
             for sequence in [s for s in self._outstanding if s < done.sequence]:
                 self._give_back(self._outstanding[sequence])
@@ -415,7 +435,7 @@ class SchedulerHalf:
             seen.receipt.blocks_stored += n
             seen.receipt.store_ms += seconds * 1e3
             if not seen.finished:
-                self.cache.hold(wait.request_id, seen.request.block_hashes, wait.stop)
+                self.cache.hold(wait.request_id, seen.keys(), wait.stop)
 
     def _give_back(self, lost: list[_Outstanding]) -> None:
         for wait in lost:
@@ -537,6 +557,7 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """Unmaps the arena and removes its file."""
+        self.live.close()
         try:
             self.write_stats()
         finally:
