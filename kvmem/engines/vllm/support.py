@@ -79,7 +79,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
         _refuse("--data-parallel-size above 1", "Set --data-parallel-size 1.")
     _check_features(
         vllm_config.parallel_config,
-        lora=vllm_config.lora_config is not None,
         speculative=vllm_config.speculative_config is not None,
         hash_algorithm=vllm_config.cache_config.prefix_caching_hash_algo,
     )
@@ -93,15 +92,12 @@ def check_flags(arguments: Namespace) -> None:
     """
     _check_features(
         arguments,
-        lora=bool(arguments.enable_lora),
         speculative=arguments.speculative_config is not None,
         hash_algorithm=arguments.prefix_caching_hash_algo,
     )
 
 
-def _check_features(
-    parallel: object, *, lora: bool, speculative: bool, hash_algorithm: str
-) -> None:
+def _check_features(parallel: object, *, speculative: bool, hash_algorithm: str) -> None:
     for name, flag in (
         ("tensor_parallel_size", "--tensor-parallel-size"),
         ("pipeline_parallel_size", "--pipeline-parallel-size"),
@@ -112,8 +108,6 @@ def _check_features(
         size = getattr(parallel, name, 1)
         if size != 1:
             _refuse(f"{flag} {size}", f"Set {flag} 1.")
-    if lora:
-        _refuse("LoRA adapters", "Leave out --enable-lora.")
     if speculative:
         _refuse("speculative decoding", "Leave out --speculative-config.")
     if hash_algorithm not in ("sha256", "sha256_cbor"):
