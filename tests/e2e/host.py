@@ -77,8 +77,11 @@ class Engine:
         *,
         kvmem: dict[str, Any] | None = None,
         salt: str | None = None,
+        lora: tuple[str, int, str] | None = None,
     ) -> list[Turn]:
+        """`lora` is an adapter's name, id and path."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         params = SamplingParams(
             temperature=0.0,
@@ -91,8 +94,9 @@ class Engine:
         for one in inputs:
             if salt is not None:
                 one["cache_salt"] = salt
+        adapter = LoRARequest(*lora) if lora is not None else None
         turns = []
-        for out in self.llm.generate(inputs, params, use_tqdm=False):
+        for out in self.llm.generate(inputs, params, use_tqdm=False, lora_request=adapter):
             done = out.outputs[0]
             turns.append(
                 Turn(

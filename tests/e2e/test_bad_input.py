@@ -138,7 +138,6 @@ def test_engine_outside_the_range(
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--enable-lora"], ["LoRA", "Leave out --enable-lora"]),
         (
             ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
             ["speculative", "Leave out --speculative-config"],
@@ -151,7 +150,7 @@ def test_engine_outside_the_range(
         (["--no-such-flag"], ["vLLM refuses the flags", "--no-such-flag", "--help=all"]),
         (["--load-format", "dummy"], ["--load-format dummy", "'weights_digest'"]),
     ],
-    ids=["lora", "speculative", "tensor-parallel", "hash", "unknown-flag", "dummy-weights"],
+    ids=["speculative", "tensor-parallel", "hash", "unknown-flag", "dummy-weights"],
 )
 def test_flag_that_is_refused(
     kvmem_serve: Callable[..., Ran], smollm2: str, flags: list[str], parts: list[str]

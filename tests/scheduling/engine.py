@@ -23,6 +23,7 @@ import numpy as np
 
 from kvmem.engines.vllm.keys import Chains
 from kvmem.store.layout import DATA_ALIGN, DESCRIPTOR_BYTES, SLOT_ALIGN, slots_within
+from tests.scheduling.core import core_of
 from tests.scheduling.forward import (
     BLOCK,
     CELL_BYTES,
@@ -219,6 +220,7 @@ class Engine:
             hash_block_size=BLOCK,
             log_stats=True,
         )
+        self.core = core_of(self)
         self.worker = KVConnectorFactory.create_connector(
             config=config, role=KVConnectorRole.WORKER, kv_cache_config=kv
         )
@@ -316,7 +318,7 @@ class Engine:
         )
         self._wanted[i] = reply(prompt, n_tokens, salt, STOP if stop else None)
         self.forward.salts[i] = salt
-        self.scheduler.add_request(request)
+        self.core.add_request(request)
         return i
 
     def abort(self, request_id: str) -> None:
@@ -338,6 +340,10 @@ class Engine:
     def forget_device(self) -> bool:
         """Empties the engine's own prefix cache and nothing else."""
         return bool(self.scheduler.reset_prefix_cache(reset_connector=False))
+
+    def new_weights(self) -> None:
+        """A trainer's update, in a running engine."""
+        self.core.collective_rpc("update_weights", kwargs={"update_info": {}})
 
     def reset_connector(self) -> bool:
         """As after a change of weights: what was stored must not answer any more."""
@@ -406,8 +412,9 @@ class Engine:
         self.kept += orders.finished
         self._note_contents()
         for load in orders.loads:
-            of_first = [ids for p in load.parts if p.group == 0 for ids in p.block_ids.tolist()]
-            self.forward.promised[load.request_id] = (self.forward.epoch, of_first)
+            whole = [part for part in load.parts if part.group == self.forward.whole]
+            blocks = [block for part in whole for block in part.block_ids.tolist()]
+            self.forward.promised[load.request_id] = (self.forward.epoch, blocks)
         return output
 
     def _execute(self, entry: list[Any]) -> None:
@@ -473,7 +480,10 @@ class Engine:
         geometry = self.half.geometry
         for request in self.scheduler.requests.values():
             salt = self.turns[request.request_id].salt
+            seen = self.half.seen(request.request_id)
             chains = Chains(request.block_hashes, geometry.shapes, geometry.hash_tokens)
+            if seen is not None:
+                chains.tweak = seen.keys.tweak
             chain: list[bytes] = []
             for shape, keys in zip(geometry.shapes, chains.all(), strict=True):
                 for at, key in enumerate(keys):

@@ -88,6 +88,7 @@ class _Row:
     blocks: list[list[int]]  # of each group
     salt: str | None
     start: int = 0
+    begins: bool = True
     _digests: list[bytes] = field(default_factory=list)
 
     def digests(self) -> list[bytes]:
@@ -112,13 +113,20 @@ class Forward:
     ) -> None:
         self.shapes = shapes
         self.caches = caches
+        self.whole = next(i for i, shape in enumerate(shapes) if shape.closed)
         self.asynchronous = asynchronous
         self.epoch = 1
+        self.weights = 1  # the epoch of the weights that are served
         self.salts: dict[str, str | None] = {}
         self.first_start: dict[str, int] = {}  # where a request's first chunk began
         self.promised: dict[str, tuple[int, list[int]]] = {}  # loads: oldest epoch, blocks
         self.positions_read = 0
         self._rows: dict[str, _Row] = {}
+
+    def new_weights(self) -> None:
+        """From now on other weights compute."""
+        self.epoch += 1
+        self.weights = self.epoch
 
     def run(self, output: Any) -> dict[str, list[int]]:
         """The step's forward; what it sampled for each request.
@@ -138,6 +146,7 @@ class Forward:
         for request_id, row in rows.items():  # as in a layer: all is written before it is read
             stop = row.start + output.num_scheduled_tokens[request_id]
             self._read(request_id, row, stop)
+            self._check_weights(request_id, row)
             self._check_epoch(request_id, row)
             sampled[request_id] = []
             if stop == len(row.tokens):
@@ -168,6 +177,7 @@ class Forward:
                 assert row.tokens == list(given), f"{request_id}: the runner has other tokens"
             new_blocks = cached.new_block_ids[at]
             if request_id in cached.resumed_req_ids:
+                row.begins = True
                 row.blocks = [list(ids) for ids in new_blocks]
             elif new_blocks is not None:
                 for table, more in zip(row.blocks, new_blocks, strict=True):
@@ -185,12 +195,26 @@ class Forward:
         """The block with the state after so many tokens."""
         return row.blocks[group][(n_tokens - 1) // self.shapes[group].block_tokens]
 
+    def _check_weights(self, request_id: str, row: _Row) -> None:
+        """A request that begins is given no KV of weights that were served before."""
+        begins, row.begins = row.begins, False
+        if not begins or not row.start:
+            return
+        cells = self._cells(row, self.whole, 0, row.start)
+        for cache in self.caches[self.whole]:
+            oldest = int(_epochs(cache[cells]).min())
+            if oldest < self.weights:
+                raise WrongKVError(
+                    f"{request_id} begins at {row.start} on KV of weights {oldest}, served are "
+                    f"{self.weights}"
+                )
+
     def _check_epoch(self, request_id: str, row: _Row) -> None:
         """What was loaded was computed after the last reset before the load was granted."""
         self.first_start.setdefault(request_id, row.start)
         epoch, block_ids = self.promised.pop(request_id, (0, []))
-        for block in set(block_ids) & set(row.blocks[0][: row.start // BLOCK]):
-            for cache in self.caches[0]:
+        for block in set(block_ids) & set(row.blocks[self.whole][: row.start // BLOCK]):
+            for cache in self.caches[self.whole]:
                 oldest = int(_epochs(cache[block]).min())
                 if oldest < epoch:
                     raise WrongKVError(

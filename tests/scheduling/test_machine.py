@@ -169,6 +169,13 @@ class StepsMachine(RuleBasedStateMachine):
             self.seen["resets asked for"] += 1
             self.seen["resets"] += self.engine.reset()
 
+    @rule(dice=st.integers(0, 3))
+    def new_weights(self, dice: int) -> None:
+        if dice == 0:
+            statuses = {r.status.name for r in self.engine.scheduler.requests.values()}
+            self.seen.update(f"new weights while {status}" for status in statuses)
+            self.engine.new_weights()
+
     @rule(slot=st.integers(0, 59), at=st.integers(0, 511))
     def corrupt(self, slot: int, at: int) -> None:
         self.engine.corrupt(slot % self.engine.half.cache.stats()["n_slots"], at)
@@ -212,6 +219,7 @@ class StepsMachine(RuleBasedStateMachine):
 
 
 MUST = ("loads", "stores", "evictions", "preemptions", "quarantines", "resets", "device emptied",
+        "new weights while RUNNING", "new weights while WAITING_FOR_REMOTE_KVS",
         "aborted while RUNNING", "aborted while WAITING_FOR_REMOTE_KVS", "loads held")  # fmt: skip
 
 LOTS = 8

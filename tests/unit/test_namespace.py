@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvmem.engines.vllm import namespace
+from kvmem.engines.vllm import digests, namespace
 from kvmem.engines.vllm.namespace import weights_digest
 from kvmem.errors import ConfigError
 from kvmem.types import Namespace
@@ -77,7 +77,7 @@ def test_unchanged_files_are_not_read_again(
     def no_hashing(*_: object) -> None:
         raise AssertionError("a file was hashed again")
 
-    monkeypatch.setattr(namespace, "READ_BYTES", None)
+    monkeypatch.setattr(digests, "READ_BYTES", None)
     monkeypatch.setattr(namespace, "_write_cache", no_hashing)
     assert weights_digest(model, cache=cache) == before
 

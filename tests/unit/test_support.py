@@ -57,7 +57,6 @@ def test_what_is_served_beside_the_plain_engine(change: str, value: Any) -> None
         ("parallel_config__pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("parallel_config__data_parallel_size", 2, "--data-parallel-size"),
         ("parallel_config__decode_context_parallel_size", 2, "--decode-context-parallel-size"),
-        ("lora_config", object(), "--enable-lora"),
         ("speculative_config", SimpleNamespace(method="eagle"), "--speculative-config"),
         ("cache_config__prefix_caching_hash_algo", "xxhash", "--prefix-caching-hash-algo"),
         ("kv_transfer_config__kv_role", "kv_producer", "kv_both"),
@@ -74,7 +73,6 @@ def test_what_is_not_served_names_its_flag(change: str, value: Any, flag: str) -
     [
         ("pipeline_parallel_size", 2, "--pipeline-parallel-size"),
         ("data_parallel_size", 2, "--data-parallel-size"),
-        ("enable_lora", True, "--enable-lora"),
         ("speculative_config", {"model": "a-draft"}, "--speculative-config"),
         ("prefix_caching_hash_algo", "xxhash", "--prefix-caching-hash-algo"),
     ],
@@ -82,7 +80,6 @@ def test_what_is_not_served_names_its_flag(change: str, value: Any, flag: str) -
 def test_what_is_not_served_is_seen_in_the_flags_too(change: str, value: Any, flag: str) -> None:
     plain = {
         "tensor_parallel_size": 2,
-        "enable_lora": False,
         "speculative_config": None,
         "prefix_caching_hash_algo": "sha256",
     }

@@ -27,7 +27,7 @@ class Chains:
         hashes: the engine's own list, chained: a hash that is still there had the same before it.
         shapes: the model's groups.
         hash_tokens: tokens of one hash; every group's blocks are so many, or a multiple.
-        tweak: what else these blocks depend on; nothing for the weights of the start.
+        tweak: see `tweak`.
     """
 
     def __init__(
@@ -38,6 +38,18 @@ class Chains:
         self._tweak = tweak
         self._keys: list[list[bytes]] = [[] for _ in shapes]
         self._made_of: list[list[bytes]] = [[] for _ in shapes]
+
+    @property
+    def tweak(self) -> bytes:
+        """What else these blocks depend on; nothing for the weights of the start alone."""
+        return self._tweak
+
+    @tweak.setter
+    def tweak(self, value: bytes) -> None:
+        if value != self._tweak:
+            self._tweak = value
+            self._keys = [[] for _ in self._units]
+            self._made_of = [[] for _ in self._units]
 
     def __len__(self) -> int:
         """How many groups."""

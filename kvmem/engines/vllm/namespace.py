@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvmem.config import Config
+from kvmem.engines.vllm.digests import FileDigest, file_digest, whole_digest
 from kvmem.engines.vllm.geometry import Geometry
 from kvmem.errors import ConfigError
 from kvmem.types import Namespace
@@ -33,15 +34,6 @@ __all__ = ["check_weights", "namespace_of", "weights_digest"]
 log = logging.getLogger("kvmem")
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
-READ_BYTES = 8 << 20
-
-
-class _Known(msgspec.Struct, frozen=True):
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    digest: str
 
 
 def weights_digest(folder: Path, *, cache: Path | None = None) -> str:
@@ -57,18 +49,14 @@ def weights_digest(folder: Path, *, cache: Path | None = None) -> str:
     files = _weight_files(folder)
     cache = cache if cache is not None else _cache_file()
     known = _read_cache(cache)
-    fresh: dict[str, _Known] = {}
+    fresh: dict[str, FileDigest] = {}
     with ThreadPoolExecutor(max_workers=min(8, len(files), os.cpu_count() or 1)) as pool:
-        for path, entry in zip(files, pool.map(lambda p: _digest(p, known), files), strict=True):
-            fresh[str(path.resolve())] = entry
+        entries = pool.map(lambda path: file_digest(path, known), files)
+        fresh.update((str(p.resolve()), entry) for p, entry in zip(files, entries, strict=True))
     if any(known.get(path) != entry for path, entry in fresh.items()):
         _write_cache(cache, {**known, **fresh})
-    whole = hashlib.sha256(b"kvmem.weights\0")
-    for path in files:
-        name = path.relative_to(folder).as_posix().encode()
-        whole.update(len(name).to_bytes(4, "big") + name)
-        whole.update(bytes.fromhex(fresh[str(path.resolve())].digest))
-    return whole.hexdigest()
+    named = ((p.relative_to(folder).as_posix(), fresh[str(p.resolve())]) for p in files)
+    return whole_digest(b"kvmem.weights", named).hex()
 
 
 def check_weights(config: Config, vllm_config: VllmConfig) -> None:
@@ -106,28 +94,14 @@ def _refuse_dummy(vllm_config: VllmConfig) -> None:
         )
 
 
-def _digest(path: Path, known: dict[str, _Known]) -> _Known:
-    path = path.resolve()
-    with path.open("rb") as file:
-        stat = os.fstat(file.fileno())
-        had = known.get(str(path))
-        entry = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        if had is not None and (had.inode, had.size, had.mtime_ns, had.ctime_ns) == entry:
-            return had
-        digest = hashlib.sha256()
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    return _Known(*entry, digest.hexdigest())
-
-
 def _cache_file() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "kvmem" / "weights.json"
 
 
-def _read_cache(path: Path) -> dict[str, _Known]:
+def _read_cache(path: Path) -> dict[str, FileDigest]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, _Known])
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, FileDigest])
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.DecodeError) as error:
@@ -135,7 +109,7 @@ def _read_cache(path: Path) -> dict[str, _Known]:
         return {}
 
 
-def _write_cache(path: Path, entries: dict[str, _Known]) -> None:
+def _write_cache(path: Path, entries: dict[str, FileDigest]) -> None:
     """Replaces the cache in one step; a machine without a writable cache only hashes again."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

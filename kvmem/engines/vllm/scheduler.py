@@ -23,6 +23,7 @@ from kvmem.engines.vllm.page import Page
 from kvmem.engines.vllm.receipt import Receipt, Wishes
 from kvmem.engines.vllm.seen import Seen
 from kvmem.engines.vllm.storing import Storing
+from kvmem.engines.vllm.weights import Live
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
     Acks,
@@ -81,8 +82,7 @@ class SchedulerHalf:
             block_bytes=self.arena.slot_bytes * self.ranks,
         )
         self.totals = self.page.totals
-        # What tells blocks apart beside the engine's hashes; see `Chains`.
-        self.epoch = b""
+        self.live = Live(self, vllm_config)
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -131,17 +131,15 @@ class SchedulerHalf:
     def on_new_request(self, request: Request) -> None:
         """Reads the request's own wishes."""
         wishes = Wishes.read(request.kv_transfer_params, self.config)
-        keys = Chains(
-            request.block_hashes, self.geometry.shapes, self.geometry.hash_tokens, self.epoch
-        )
+        keys = Chains(request.block_hashes, self.geometry.shapes, self.geometry.hash_tokens)
         stored = [0] * len(self.geometry.groups)
         seen = Seen(request, wishes, Receipt(error=wishes.error), keys, stored)
         self._seen[request.request_id] = seen
         self.totals.requests += 1
 
-    def match(self, request: Request, n_computed_tokens: int) -> tuple[int, bool]:
+    def match(self, request: Request, n_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that kvmem can add beyond the engine's own prefix hit, and that it will load
-        them between steps.
+        them between steps. None: ask again, the engine's own hit has to be looked up anew.
 
         Called again and again for a waiting request, and the answer may be thrown away: asking
         changes nothing but what the request's leases hold.
@@ -150,6 +148,9 @@ class SchedulerHalf:
         if seen is None:  # its on_new_request failed (I9)
             return 0, False
         start = n_computed_tokens
+        seen.stale = True  # until it is known what it will be computed with
+        if not self.live.admit(seen, start):
+            return None, False
         # The engine starts it from zero. After a reset that left blocks on the device, a hit there
         # may be on blocks from before it, whatever is stored under their keys by now: nothing on
         # top of a hit is stored until a reset has emptied the device too.
@@ -322,6 +323,10 @@ class SchedulerHalf:
             self.failed(where, error)
             if where == MAP_FAILED:
                 self._worker_maps = False
+        # First: blocks of a step that loaded other weights than it was keyed for are not published.
+        if acks is not None and acks.adapters:
+            told = acks.adapters
+            self.live.safely("adapters_told", lambda: self.live.adapters_told(told))
         for done in acks.stores if acks is not None else ():
             if any((status == 0).any() for status in done.statuses):
                 self._worker_maps = True
@@ -433,6 +438,7 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """Unmaps the arena and removes its file."""
+        self.live.close()
         try:
             self.write_stats()
         finally:

@@ -22,7 +22,8 @@ class Seen:
 
     `stored[group]`: its leading blocks [0, stored) were published, reserved or refused, and are
     not looked at again. `device_blocks[group]` are the blocks that the engine keeps at the end.
-    `stale`: computed before a reset, so nothing of it is stored.
+    `stale`: computed before a reset, so nothing of it is stored. `adapter` is the content of the
+    request's adapter, as `Live.admit` settled it.
     """
 
     request: Request
@@ -37,6 +38,7 @@ class Seen:
     finished: bool = False
     stale: bool = False
     load_failed: bool = False
+    adapter: bytes = b""
 
     def forget_stored(self) -> None:
         """The engine begins the request anew."""

@@ -67,7 +67,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
         refuse("--data-parallel-size above 1", "Set --data-parallel-size 1.")
     _check_features(
         vllm_config.parallel_config,
-        lora=vllm_config.lora_config is not None,
         speculative=getattr(vllm_config.speculative_config, "method", None),
         hash_algorithm=vllm_config.cache_config.prefix_caching_hash_algo,
     )
@@ -81,7 +80,6 @@ def check_flags(arguments: Namespace) -> None:
     """
     _check_features(
         arguments,
-        lora=bool(arguments.enable_lora),
         speculative=_method_of(arguments.speculative_config),
         hash_algorithm=arguments.prefix_caching_hash_algo,
     )
@@ -93,9 +91,7 @@ def _method_of(speculative_config: object) -> str | None:
     return getattr(speculative_config, "method", None)
 
 
-def _check_features(
-    parallel: object, *, lora: bool, speculative: str | None, hash_algorithm: str
-) -> None:
+def _check_features(parallel: object, *, speculative: str | None, hash_algorithm: str) -> None:
     for name, flag in (
         ("pipeline_parallel_size", "--pipeline-parallel-size"),
         ("data_parallel_size", "--data-parallel-size"),
@@ -105,8 +101,6 @@ def _check_features(
         size = getattr(parallel, name, 1)
         if size != 1:
             refuse(f"{flag} {size}", f"Set {flag} 1.")
-    if lora:
-        refuse("LoRA adapters", "Leave out --enable-lora.")
     if speculative not in (None, "ngram"):  # it drafts from the prompt: no KV of its own
         refuse(
             f"speculative decoding by {speculative}",

@@ -17,6 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvmem.engines.vllm.adapters import Held
+
 __all__ = [
     "MAP_FAILED",
     "Acks",
@@ -135,11 +137,12 @@ class StoreDone:
 
 @dataclass(slots=True)
 class Acks(KVConnectorWorkerMetadata):
-    """What the worker half did since it last said so."""
+    """What the worker half did since it last said so, and the adapters it holds if they changed."""
 
     stores: list[StoreDone] = field(default_factory=list)
     loads: list[LoadDone] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    adapters: list[Held] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """What two workers did, in one."""
@@ -148,6 +151,7 @@ class Acks(KVConnectorWorkerMetadata):
             _join(self.stores + other.stores),
             self.loads + other.loads,
             self.failures + other.failures,
+            self.adapters + other.adapters,
         )
 
 

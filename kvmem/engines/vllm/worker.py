@@ -23,6 +23,7 @@ import numpy as np
 from kvmem._core import SlotCopier
 from kvmem.config import Config
 from kvmem.engines.vllm import support
+from kvmem.engines.vllm.adapters import Loads
 from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
@@ -87,6 +88,7 @@ class WorkerHalf:
         self._failed: set[str] = set()
         self.bad_blocks: set[int] = set()
         self._acks = Acks()
+        self._adapters = Loads(vllm_config) if vllm_config.lora_config is not None else None
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="kvmem-load", initializer=_use_all_cores
@@ -276,7 +278,10 @@ class WorkerHalf:
     def acks(self) -> Acks | None:
         """What was done since last asked, or None."""
         acks = self._acks
-        if not (acks.stores or acks.loads or acks.failures):
+        held = self._adapters.news() if self._adapters is not None else None
+        if held is not None:
+            acks.adapters.append(held)
+        if not (acks.stores or acks.loads or acks.failures or acks.adapters):
             return None
         self._acks = Acks()
         return acks
@@ -287,6 +292,8 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Waits for the load under way and unmaps the arena."""
+        if self._adapters is not None:
+            self._adapters.close()
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._loader = self._storer = None
