@@ -1,4 +1,4 @@
-// The arena's shared bytes: header page, slot descriptors, stats, data (docs/formats.md).
+// The arena's shared bytes: header page, slot descriptors, stats, switch, data (docs/formats.md).
 //
 // Thread safety: the header is immutable once the file has a name. A descriptor is written by the
 // one worker that claimed its (slot, generation) and read by anyone at any time, in this process
@@ -26,9 +26,10 @@ static_assert(std::endian::native == std::endian::little, "the arena's numbers a
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "shared between processes");
 
 inline constexpr char kArenaMagic[8] = {'K', 'V', 'M', 'E', 'M', 'A', 'R', 'N'};
-inline constexpr uint32_t kArenaVersion = 1;
+inline constexpr uint32_t kArenaVersion = 2;
 inline constexpr uint32_t kArenaByteOrder = 0x01020304;
 inline constexpr size_t kArenaHeaderBytes = 4096;
+inline constexpr size_t kArenaSwitchBytes = 4096;  // after the stats; only Python looks into it
 inline constexpr size_t kArenaAlign = size_t{2} << 20;  // of the data
 inline constexpr size_t kSlotAlign = 64;
 inline constexpr size_t kKeyBytes = 32;

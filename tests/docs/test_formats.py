@@ -14,6 +14,7 @@ from kvmem._core import SlotCopier
 from kvmem.errors import ArenaError
 from kvmem.store.arena import Arena
 from kvmem.store.layout import Header, Stats
+from kvmem.store.switch import set_switch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 SPACE = bytes(range(32))
@@ -69,7 +70,9 @@ def stored(arena: Arena) -> tuple[Arena, bytes]:
     return arena, device[:, 0].tobytes()
 
 
-@pytest.mark.parametrize(("title", "size"), [("header", 4096), ("descriptor", 128), ("stats", 24)])
+@pytest.mark.parametrize(
+    ("title", "size"), [("header", 4096), ("descriptor", 128), ("stats", 24), ("switch", 4096)]
+)
 def test_the_fields_follow_each_other_without_gaps(title: str, size: int) -> None:
     end = 0
     for at, n, _, _ in rows(title):
@@ -137,6 +140,18 @@ def test_real_stats_read_as_the_page_says(arena: Arena) -> None:
     assert f"at most {Stats.ROOM:,}" in section("stats")
 
 
+def test_a_real_switch_reads_as_the_page_says(arena: Arena) -> None:
+    states = [(True, True), (False, True), (True, False), (False, False)]
+    for n, (loads, stores) in enumerate(states):
+        if n:
+            set_switch(arena.path, loads=loads, stores=stores)
+        page = arena.path.read_bytes()[8192 + 65536 :][:4096]  # directly after the stats
+        fields = parse("switch", page)
+        assert (fields["flags"], fields["sequence"]) == (loads + 2 * stores, n)
+        assert fields["switch_checksum"] == xxhash.xxh3_64_intdigest(page[:4]) & 0xFFFFFFFF
+        assert fields["reserved"] == bytes(4088)
+
+
 def test_the_example_is_what_its_header_encodes_to() -> None:
     page = Header(
         n_slots=2,
@@ -154,7 +169,7 @@ def test_the_example_is_what_its_header_encodes_to() -> None:
     assert re.findall(r"^[0-9a-f]{6}  .*$", section("header"), re.MULTILINE) == written
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [1, 3])
 def test_any_other_version_is_refused_by_both_sides(arena: Arena, version: int) -> None:
     arena.buffer[8:12] = version.to_bytes(4, "little")
     with pytest.raises(ArenaError, match=f"version {version}"):

@@ -221,8 +221,8 @@ def test_a_file_that_was_cut_is_refused(arena: Arena, tmp_path: Path) -> None:
 
 def test_a_newer_version_is_refused_by_number(arena: Arena) -> None:
     page = bytearray(arena.buffer[:HEADER_BYTES])
-    page[8] = 2
-    with pytest.raises(ArenaError, match="version 2"):
+    page[8] = 3
+    with pytest.raises(ArenaError, match="version 3"):
         Header.decode(bytes(page), file_bytes=arena.header.total_bytes)
 
 
