@@ -27,11 +27,24 @@ class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Wishes(msgspec.Struct, frozen=True):
-    """What this request allows; a malformed wish is told in the receipt and changes nothing."""
+    """What this request allows; a malformed wish is told in the receipt and changes nothing.
 
-    load: bool
-    store: bool
+    `load_off` and `store_off` say who forbids it: "setting", "request", or None for nobody.
+    """
+
+    load_off: str | None
+    store_off: str | None
     error: str | None = None
+
+    @property
+    def load(self) -> bool:
+        """Whether the request may be answered from kvmem."""
+        return self.load_off is None
+
+    @property
+    def store(self) -> bool:
+        """Whether what it computes may be stored."""
+        return self.store_off is None
 
     @classmethod
     def read(cls, params: Mapping[str, Any] | None, config: Config) -> Wishes:
@@ -41,7 +54,17 @@ class Wishes(msgspec.Struct, frozen=True):
             asked = msgspec.convert((params or {}).get("kvmem") or {}, _Asked)
         except msgspec.ValidationError as invalid:
             error = f"kv_transfer_params.kvmem was not understood and is ignored: {invalid}"
-        return cls(load=asked.load and config.load, store=asked.store and config.store, error=error)
+        return cls(
+            load_off=_off_by(config.load, asked.load),
+            store_off=_off_by(config.store, asked.store),
+            error=error,
+        )
+
+
+def _off_by(setting: bool, request: bool) -> str | None:
+    if not setting:
+        return "setting"
+    return None if request else "request"
 
 
 @dataclass(slots=True)
@@ -60,10 +83,18 @@ class Receipt:
     store_ms: float = 0.0
     miss: str = "new"
     first_missing_block: int | None = None
+    load_off: str | None = None
+    store_off: str | None = None
     _counted: bool = False
 
     def matched(
-        self, request: Request, start: int, grant: Grant | None, missing: str, block_tokens: int
+        self,
+        request: Request,
+        start: int,
+        grant: Grant | None,
+        missing: str,
+        block_tokens: int,
+        off_by: str | None = None,
     ) -> None:
         """Notes what the first lookup found; later ones are of a request that was preempted."""
         if self._is_told(request):
@@ -73,6 +104,7 @@ class Receipt:
         self.device = start * block_tokens
         self.host_blocks = max(0, n_blocks - start)
         self.miss = missing
+        self.load_off = off_by
         self.first_missing_block = None if missing == "none" else n_blocks
 
     def load_failed(self, request: Request, host_blocks: int) -> None:
@@ -91,7 +123,8 @@ class Receipt:
 
         `tokens` says where the prompt's KV came from; `computed` is the rest. `miss` says why
         block `first_missing_block` was not here: none, new, evicted, pending, quarantined,
-        cleared, abandoned, load_off or load_failed.
+        cleared, abandoned, load_off or load_failed. `off` is there when loads or stores were off
+        for this request, and says by whom: setting, request, switch or worker.
         """
         self._counted = True
         self.prompt = request.num_prompt_tokens
@@ -111,6 +144,9 @@ class Receipt:
             "miss": self.miss,
             "first_missing_block": self.first_missing_block,
         }
+        off = {"load": self.load_off, "store": self.store_off}
+        if any(off.values()):
+            receipt["off"] = {what: by for what, by in off.items() if by}
         if self.error is not None:
             receipt["error"] = self.error
         return receipt

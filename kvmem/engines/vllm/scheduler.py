@@ -22,12 +22,14 @@ from kvmem import events
 from kvmem.cache import Cache, Grant
 from kvmem.config import Config
 from kvmem.engines.vllm import support
+from kvmem.engines.vllm.arenas import arena_name
 from kvmem.engines.vllm.namespace import namespace_of
 from kvmem.engines.vllm.receipt import Receipt, Wishes
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Ids, Load, LoadDone, Orders, Store, Words
 from kvmem.errors import CapacityError
 from kvmem.store.arena import Arena, sweep
 from kvmem.store.layout import slots_within
+from kvmem.store.switch import Switch, SwitchReader
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -115,9 +117,8 @@ class SchedulerHalf:
         self.bus = events.Bus()
         self.reclaimed = sweep()
         transfer = vllm_config.kv_transfer_config
-        engine_id = "".join(c for c in str(transfer and transfer.engine_id) if c.isalnum())
         self.arena = Arena.create(
-            config.arena or f"{engine_id[:40]}-{os.getpid()}",
+            arena_name(config, str(transfer and transfer.engine_id)),
             n_slots=n_slots,
             slot_bytes=self.geometry.block_bytes,
             namespace=self.namespace.digest,
@@ -146,7 +147,14 @@ class SchedulerHalf:
         self._was_reset = False
         self._stats_written = 0.0
         self._stats_due = True
+        self._switch = SwitchReader(
+            self.arena, on_damage=lambda told: self.failed("switch", told), on_change=self._switched
+        )
         self.write_stats()
+
+    def _switched(self, now: Switch) -> None:
+        self.bus.emit(events.Switched(loads=now.loads, stores=now.stores))
+        self._stats_due = True
 
     def bind(self, device_pool: BlockPool) -> None:
         """The engine's own block pool, to see what a reset left in it."""
@@ -157,7 +165,8 @@ class SchedulerHalf:
     def on_new_request(self, request: Request) -> None:
         """Reads the request's own wishes."""
         wishes = Wishes.read(request.kv_transfer_params, self.config)
-        self._seen[request.request_id] = _Seen(request, wishes, Receipt(error=wishes.error))
+        receipt = Receipt(error=wishes.error, store_off=wishes.store_off)
+        self._seen[request.request_id] = _Seen(request, wishes, receipt)
         self.totals.requests += 1
 
     def match(self, request: Request, n_computed_tokens: int) -> tuple[int, bool]:
@@ -179,11 +188,11 @@ class SchedulerHalf:
         seen.stale = self._was_reset and start > 0
         skips = getattr(request, "skip_reading_prefix_cache", False)
         seen.stored = 0
-        off = not seen.wishes.load or not self._worker_maps or skips
+        off = seen.wishes.load_off or self._load_off(skips)
         if off or seen.load_failed:
             seen.grant = None
             reason = "load_failed" if seen.load_failed else "load_off"
-            seen.receipt.matched(request, start, None, reason, tokens)
+            seen.receipt.matched(request, start, None, reason, tokens, off)
             return 0, False
         grant = self.cache.acquire(
             request.request_id, request.block_hashes, start=start, limit=max(limit, start)
@@ -192,6 +201,13 @@ class SchedulerHalf:
         seen.receipt.matched(request, start, grant, grant.missing, tokens)
         n_blocks = grant.n_blocks - start
         return (n_blocks * tokens, True) if n_blocks > 0 else (0, False)
+
+    def _load_off(self, skips: bool) -> str | None:
+        if not self._switch.read().loads:
+            return "switch"
+        if skips:
+            return "request"
+        return None if self._worker_maps else "worker"
 
     def unmatched(self, request: Request) -> None:
         """A lookup failed, so the engine's own hit may be older than a reset: as `match` says,
@@ -329,6 +345,9 @@ class SchedulerHalf:
     def _store(
         self, orders: Orders, request_id: str, seen: _Seen, block_ids: list[int], stop: int
     ) -> None:
+        if not self._switch.read().stores:
+            seen.receipt.store_off = "switch"
+            return
         keys = seen.request.block_hashes
         start = self.cache.match(keys[:stop])
         seen.stored = stop
@@ -469,6 +488,7 @@ class SchedulerHalf:
         keep = (
             not (aborted or seen.loading or seen.stale)
             and seen.wishes.store
+            and self._switch.read().stores
             and complete > seen.stored
             and complete <= len(block_ids)
         )
@@ -531,6 +551,7 @@ class SchedulerHalf:
                 "failures": self.failures,
             },
             "last_failure": self.last_failure,
+            "allowed": {"loads": self.config.load, "stores": self.config.store},
             "recent": list(self._recent),
         }
         self.arena.write_stats(msgspec.msgpack.encode(page))
