@@ -23,6 +23,7 @@ __all__ = [
     "Quarantined",
     "Refused",
     "Stored",
+    "Switched",
 ]
 
 log = logging.getLogger("kvmem")
@@ -79,6 +80,13 @@ class Cleared(Event, frozen=True, kw_only=True, tag="cleared"):
 
     blocks: int
     reason: str
+
+
+class Switched(Event, frozen=True, kw_only=True, tag="switched"):
+    """The live switch changed what is allowed from now on."""
+
+    loads: bool
+    stores: bool
 
 
 class Failure(Event, frozen=True, kw_only=True, tag="failure"):

@@ -35,8 +35,9 @@ bool GeometryHolds(const ArenaHeader& h) {
   const uint64_t descriptors_end = h.descriptors_offset + n_shares * sizeof(SlotDescriptor);
   if (h.stats_offset < descriptors_end || h.stats_offset % 4096 != 0) return false;
   if (h.data_offset % kArenaAlign != 0 || h.data_offset > h.total_bytes) return false;
-  if (h.stats_offset > h.data_offset || h.stats_bytes > h.data_offset - h.stats_offset)
-    return false;
+  if (h.stats_offset > h.data_offset) return false;
+  const uint64_t between = h.data_offset - h.stats_offset;  // the stats, the switch, a gap
+  if (between < kArenaSwitchBytes || h.stats_bytes > between - kArenaSwitchBytes) return false;
   uint64_t data_bytes;
   if (__builtin_mul_overflow(n_shares, h.slot_stride, &data_bytes)) return false;
   return h.total_bytes - h.data_offset == data_bytes;

@@ -1,4 +1,4 @@
-// The arena's shared bytes: header page, slot descriptors, stats, data (docs/formats.md).
+// The arena's shared bytes: header page, slot descriptors, stats, switch, data (docs/formats.md).
 //
 // A slot is `ranks` shares, each with a descriptor of its own: a table is one rank's view of all
 // slots, and its Data and Descriptor are that rank's alone.
@@ -32,6 +32,7 @@ inline constexpr char kArenaMagic[8] = {'K', 'V', 'M', 'E', 'M', 'A', 'R', 'N'};
 inline constexpr uint32_t kArenaVersion = 2;
 inline constexpr uint32_t kArenaByteOrder = 0x01020304;
 inline constexpr size_t kArenaHeaderBytes = 4096;
+inline constexpr size_t kArenaSwitchBytes = 4096;  // after the stats; only Python looks into it
 inline constexpr size_t kArenaAlign = size_t{2} << 20;  // of the data
 inline constexpr size_t kSlotAlign = 64;
 inline constexpr size_t kKeyBytes = 32;

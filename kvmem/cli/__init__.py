@@ -1,4 +1,4 @@
-"""The kvmem command: `demo`, `serve`, `stats`.
+"""The kvmem command: `demo`, `serve`, `stats`, `switch`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 import typer
@@ -43,6 +43,7 @@ bit, when a prompt begins the same way.
   kvmem demo              see what it does, on a real model and this CPU
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
   kvmem stats --watch     what the running engines reuse, live
+  kvmem switch            its loads and stores off and on, in a running engine
 """,
 )
 
@@ -207,5 +208,42 @@ def stats(
     from kvmem.cli.live import show
 
     if not show(watch=watch, as_json=as_json, interval_s=interval_s):
-        typer.echo("kvmem: no engine with kvmem is running. Start one: kvmem serve MODEL", err=True)
-        raise typer.Exit(NO_ENGINE)
+        _no_engine()
+
+
+@app.command()
+def switch(
+    loads: Annotated[
+        Literal["on", "off"] | None, typer.Option("--loads", help="Answer prompts from kvmem.")
+    ] = None,
+    stores: Annotated[
+        Literal["on", "off"] | None, typer.Option("--stores", help="Keep what is computed.")
+    ] = None,
+    arena: Annotated[
+        str | None, typer.Option(help="Which engine, where several run: the name of its arena.")
+    ] = None,
+) -> None:
+    """Switch kvmem's loads and stores off or on in a running engine, from its next request on.
+
+    Without --loads and --stores it shows what stands. An engine starts with both on; what its
+    settings or a request forbid stays forbidden. Exit code 1 when no engine is running.
+    """
+    from kvmem.cli import switching
+    from kvmem.store import set_switch
+
+    found = switching.engines(arena)
+    if not found:
+        _no_engine()
+    if loads is not None or stores is not None:
+        set_switch(switching.only(found), loads=_is_on(loads), stores=_is_on(stores))
+    for line in switching.lines(found):
+        typer.echo(line)
+
+
+def _is_on(given: Literal["on", "off"] | None) -> bool | None:
+    return None if given is None else given == "on"
+
+
+def _no_engine() -> NoReturn:
+    typer.echo("kvmem: no engine with kvmem is running. Start one: kvmem serve MODEL", err=True)
+    raise typer.Exit(NO_ENGINE)

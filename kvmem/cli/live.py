@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 from rich.console import Console, Group
@@ -15,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from kvmem.errors import ArenaError
-from kvmem.store.arena import Arena, list_live
+from kvmem.store import Arena, Switch, list_live, read_switch
 
 __all__ = ["Page", "pages", "render", "show"]
 
@@ -51,7 +52,10 @@ class Counters(msgspec.Struct, frozen=True):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """One engine's page, as its connector writes it; `arena` is added by the reader."""
+    """One engine's page, as its connector writes it; the reader adds `arena` and `switch`.
+
+    `allowed` is what the settings allow, `switch` what the live switch does; None: it is damaged.
+    """
 
     model: str
     pid: int
@@ -59,7 +63,9 @@ class Page(msgspec.Struct, frozen=True):
     host: Host
     counters: Counters
     last_failure: str | None = None
+    allowed: Switch = Switch()
     arena: str = ""
+    switch: Switch | None = Switch()
 
 
 def pages() -> list[Page]:
@@ -77,8 +83,15 @@ def pages() -> list[Page]:
             page = msgspec.msgpack.decode(raw, type=Page)
         except msgspec.DecodeError:
             continue  # of another version of kvmem, whose own command reads it
-        found.append(msgspec.structs.replace(page, arena=path.name))
+        found.append(msgspec.structs.replace(page, arena=path.name, switch=_switch(path)))
     return sorted(found, key=lambda page: page.pid)
+
+
+def _switch(path: Path) -> Switch | None:
+    try:
+        return read_switch(path)
+    except (ArenaError, FileNotFoundError):
+        return None
 
 
 def show(*, watch: bool, as_json: bool, interval_s: float) -> bool:
@@ -138,6 +151,8 @@ def _table(page: Page, now_s: float) -> Table:
     drawn.add_column()
     drawn.add_column(justify="right")
     drawn.add_column()
+    for row in _off(page):
+        drawn.add_row(*row, style="bold yellow")
     prompt = counters.prompt_tokens
     drawn.add_row("requests", f"{counters.requests:,}", "")
     drawn.add_row("prompt tokens", f"{prompt:,}", "")
@@ -170,6 +185,17 @@ def _table(page: Page, now_s: float) -> Table:
     drawn.add_row("failures", f"{counters.failures:,}", page.last_failure or "", style=trouble)
     drawn.add_row("quarantined", f"{counters.quarantined:,} blocks", "", style=trouble)
     return drawn
+
+
+def _off(page: Page) -> Iterator[tuple[str, str, str]]:
+    """What is off, and what would switch it on."""
+    if page.switch is None:
+        yield "switch", "damaged", "`kvmem switch --loads on --stores on` writes it anew"
+    for what, setting in (("loads", "load"), ("stores", "store")):
+        if not getattr(page.allowed, what):
+            yield what, "off", f"by the setting '{setting}'"
+        elif page.switch is not None and not getattr(page.switch, what):
+            yield what, "off", f"until `kvmem switch --{what} on`"
 
 
 def _share(part: int, whole: int) -> str:

@@ -4,5 +4,15 @@ from __future__ import annotations
 
 from kvmem.store.arena import Arena, LiveArena, list_live, sweep
 from kvmem.store.capacity import check_room
+from kvmem.store.switch import Switch, read_switch, set_switch
 
-__all__ = ["Arena", "LiveArena", "check_room", "list_live", "sweep"]
+__all__ = [
+    "Arena",
+    "LiveArena",
+    "Switch",
+    "check_room",
+    "list_live",
+    "read_switch",
+    "set_switch",
+    "sweep",
+]

@@ -28,9 +28,9 @@ import msgspec
 
 from kvmem.errors import ArenaError, ArenaInUse, ConfigError
 from kvmem.store.capacity import check_room, too_little_shm
-from kvmem.store.layout import DESCRIPTOR_BYTES, HEADER_BYTES, STATS_BYTES, Header, Stats
+from kvmem.store.layout import DESCRIPTOR_BYTES, HEADER_BYTES, STATS_BYTES, Header, Stats, Switch
 
-__all__ = ["Arena", "LiveArena", "list_live", "sweep"]
+__all__ = ["Arena", "LiveArena", "list_live", "open_file", "sweep"]
 
 FOLDER = Path("/dev/shm")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -143,6 +143,7 @@ class Arena:
             os.fchmod(fd, 0o600)  # whatever the umask
             _reserve(fd, header.total_bytes)
             os.pwrite(fd, header.encode(), 0)
+            os.pwrite(fd, Switch().encode(0).to_bytes(8, "little"), header.switch_offset)
             mapping = _map(fd, header.total_bytes)
             _link(fd, path)
         except BaseException:
@@ -160,7 +161,7 @@ class Arena:
             ArenaError: the file is not this user's, not private, no arena, of another version,
                 damaged, or its owner is gone.
         """
-        fd, header = _open_or_refuse(path)
+        fd, header = open_file(path)
         try:
             owned = _OWNED.get(path)
             same = owned is not None and owned.header == header
@@ -206,7 +207,7 @@ class Arena:
             ArenaError: the file is no arena of this user, or its owner is gone.
             FileNotFoundError: there is no such arena.
         """
-        fd, header = _open_or_refuse(path)
+        fd, header = open_file(path)
         try:
             for _ in range(_RETRIES):
                 found = Stats.unpack(os.pread(fd, STATS_BYTES, header.stats_offset))
@@ -306,7 +307,13 @@ def _open_live(path: Path) -> tuple[int, Header] | None:
     return None
 
 
-def _open_or_refuse(path: Path) -> tuple[int, Header]:
+def open_file(path: Path) -> tuple[int, Header]:
+    """A descriptor of a live arena, the caller's to close, and its header.
+
+    Raises:
+        ArenaError: the file is no arena of this user, or its owner is gone.
+        FileNotFoundError: there is no such arena.
+    """
     found = _open_live(path)
     if found is None:
         raise ArenaError(

@@ -1,4 +1,4 @@
-"""The arena file's bytes: header page, slot descriptors, stats, data.
+"""The arena file's bytes: header page, slot descriptors, stats, switch, data.
 
 docs/formats.md is the grammar, `csrc/copy/slot_table.h` the native side; tests hold the three
 together.
@@ -17,9 +17,11 @@ __all__ = [
     "DESCRIPTOR_BYTES",
     "HEADER_BYTES",
     "STATS_BYTES",
+    "SWITCH_BYTES",
     "VERSION",
     "Header",
     "Stats",
+    "Switch",
     "slots_within",
 ]
 
@@ -29,8 +31,10 @@ BYTE_ORDER = 0x01020304
 HEADER_BYTES = 4096
 DESCRIPTOR_BYTES = 128
 STATS_BYTES = 65536
+SWITCH_BYTES = 4096
 DATA_ALIGN = 2 << 20
 SLOT_ALIGN = 64
+_SEQUENCE = (1 << 24) - 1
 
 _FIELDS = struct.Struct("<8sII8Q2I2Q32s32s128s")
 _NEXT_STEP = "Remove the file if no kvmem of another version uses it, or choose another `arena`."
@@ -43,7 +47,8 @@ def _up(value: int, to: int) -> int:
 def slots_within(budget_bytes: int, slot_bytes: int, *, ranks: int = 1) -> int:
     """How many slots an arena of at most `budget_bytes` holds, all its parts counted (I7)."""
     each = ranks * (_up(slot_bytes, SLOT_ALIGN) + DESCRIPTOR_BYTES)
-    fixed = HEADER_BYTES + STATS_BYTES + 4096 + DATA_ALIGN  # with both roundings at their worst
+    # With both roundings at their worst.
+    fixed = HEADER_BYTES + STATS_BYTES + SWITCH_BYTES + 4096 + DATA_ALIGN
     return max(0, (budget_bytes - fixed) // each)
 
 
@@ -74,9 +79,14 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         return _up(HEADER_BYTES + self.n_slots * self.ranks * DESCRIPTOR_BYTES, 4096)
 
     @property
+    def switch_offset(self) -> int:
+        """Where the switch's page begins: after the stats, with no gap."""
+        return self.stats_offset + STATS_BYTES
+
+    @property
     def data_offset(self) -> int:
         """Where slot 0 begins."""
-        return _up(self.stats_offset + STATS_BYTES, DATA_ALIGN)
+        return _up(self.switch_offset + SWITCH_BYTES, DATA_ALIGN)
 
     @property
     def total_bytes(self) -> int:
@@ -197,3 +207,31 @@ class Stats:
             if checksum == xxhash.xxh3_64_intdigest(region[at + 8 : end]):
                 best = (sequence, region[at + cls._HEAD.size : end])
         return best
+
+
+class Switch(msgspec.Struct, frozen=True):
+    """Whether an engine may answer prompts from kvmem, and store what it computes.
+
+    Its record is one word of 64 bits, which a processor loads or stores at once: flags, a count of
+    the changes, and a checksum of both, so that damage shows and zeros are no record.
+    """
+
+    loads: bool = True
+    stores: bool = True
+
+    def encode(self, sequence: int) -> int:
+        """The record's word; `sequence` counts the changes, modulo 2^24."""
+        low = self.loads | self.stores << 1 | (sequence & _SEQUENCE) << 8
+        return low | _switch_checksum(low) << 32
+
+    @classmethod
+    def decode(cls, word: int) -> tuple[int, Switch] | None:
+        """The sequence and the state in a record's word; None when it is torn or damaged."""
+        low = word & 0xFFFFFFFF
+        if word >> 32 != _switch_checksum(low) or (low & 0xFF) > 3:
+            return None
+        return low >> 8, cls(loads=bool(low & 1), stores=bool(low & 2))
+
+
+def _switch_checksum(low: int) -> int:
+    return xxhash.xxh3_64_intdigest(struct.pack("<I", low)) & 0xFFFFFFFF

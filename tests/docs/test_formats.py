@@ -14,6 +14,7 @@ from kvmem._core import SlotCopier
 from kvmem.errors import ArenaError
 from kvmem.store.arena import Arena
 from kvmem.store.layout import Header, Stats
+from kvmem.store.switch import set_switch
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 SPACE = bytes(range(32))
@@ -71,7 +72,9 @@ def stored(arena: Arena) -> tuple[Arena, bytes]:
     return arena, device[:, 0].tobytes()
 
 
-@pytest.mark.parametrize(("title", "size"), [("header", 4096), ("descriptor", 128), ("stats", 24)])
+@pytest.mark.parametrize(
+    ("title", "size"), [("header", 4096), ("descriptor", 128), ("stats", 24), ("switch", 4096)]
+)
 def test_the_fields_follow_each_other_without_gaps(title: str, size: int) -> None:
     end = 0
     for at, n, _, _ in rows(title):
@@ -139,6 +142,18 @@ def test_real_stats_read_as_the_page_says(arena: Arena) -> None:
         assert buffer[24 : 24 + len(value)] == value
         assert fields["value_checksum"] == xxhash.xxh3_64_intdigest(buffer[8 : 24 + len(value)])
     assert f"at most {Stats.ROOM:,}" in section("stats")
+
+
+def test_a_real_switch_reads_as_the_page_says(arena: Arena) -> None:
+    states = [(True, True), (False, True), (True, False), (False, False)]
+    for n, (loads, stores) in enumerate(states):
+        if n:
+            set_switch(arena.path, loads=loads, stores=stores)
+        page = arena.path.read_bytes()[8192 + 65536 :][:4096]  # directly after the stats
+        fields = parse("switch", page)
+        assert (fields["flags"], fields["sequence"]) == (loads + 2 * stores, n)
+        assert fields["switch_checksum"] == xxhash.xxh3_64_intdigest(page[:4]) & 0xFFFFFFFF
+        assert fields["reserved"] == bytes(4088)
 
 
 def test_the_example_is_what_its_header_encodes_to() -> None:

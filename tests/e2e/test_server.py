@@ -1,4 +1,6 @@
-"""`kvmem serve` as a user runs it: an unmodified client, live stats, no rest after a kill."""
+"""`kvmem serve` as a user runs it: an unmodified client, live stats and switch, no rest after a
+kill.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from kvmem.demo.server import Server
@@ -20,6 +23,8 @@ from tests.e2e.host import prompt
 pytestmark = pytest.mark.engine
 
 KVMEM = [sys.executable, "-m", "kvmem.cli"]
+KEY = "a-secret"
+SWITCH = "/v1/kvmem/switch"
 
 
 def serve(model: str, name: str, log: Path) -> Server:
@@ -28,6 +33,7 @@ def serve(model: str, name: str, log: Path) -> Server:
         "--kvmem-host-gb", "0.25", "--kvmem-arena", name,
         "--dtype", "float32", "--block-size", "32", "--max-model-len", "1536",
         "--num-gpu-blocks-override", "64", "--enforce-eager", "--served-model-name", "smol",
+        "--api-key", KEY,
     ]  # fmt: skip
     environ = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -51,7 +57,7 @@ def server(smollm2: str, arena: str, tmp_path_factory: pytest.TempPathFactory) -
 def complete(server: Server, tokens: list[int], **kvmem: Any) -> Any:
     from openai import OpenAI
 
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
         return client.completions.create(
             model="smol",
             prompt=tokens,
@@ -96,6 +102,73 @@ def test_stats_are_of_the_running_engine(server: Server, arena: str) -> None:
     assert after["prompt_tokens"] == before["prompt_tokens"] + 320
     assert after["blocks_stored"] > before["blocks_stored"]
     assert after["failures"] == 0
+
+
+@pytest.fixture
+def switch(server: Server) -> Iterator[Callable[..., dict[str, bool]]]:
+    """Switches over HTTP, or tells what stands; both are on afterwards."""
+
+    def switch(**change: bool) -> dict[str, bool]:
+        with httpx.Client(headers={"Authorization": f"Bearer {KEY}"}) as client:
+            url = server.url + SWITCH
+            told = client.post(url, json=change) if change else client.get(url)
+            assert told.status_code == 200, told.text
+            return told.json()
+
+    yield switch
+    switch(loads=True, stores=True)
+
+
+def test_loads_switched_off_are_off_at_the_next_request_and_on_again_without_a_restart(
+    server: Server, arena: str, switch: Callable[..., dict[str, bool]]
+) -> None:
+    # 63 blocks on the device, 32 a prompt: two prompts push off the one before them.
+    first, second, _ = (complete(server, prompt(1000, seed)) for seed in (21, 22, 23))
+    assert switch(loads=False) == {"loads": False, "stores": True}
+    assert stats(arena)["switch"] == {"loads": False, "stores": True}
+    off = complete(server, prompt(1000, 21))
+    told = off.kv_transfer_params["kvmem"]
+    assert told["tokens"] == {"prompt": 1000, "device": 0, "host": 0, "computed": 1000}
+    assert (told["miss"], told["off"]) == ("load_off", {"load": "switch"})
+    assert off.choices[0].text == first.choices[0].text
+
+    assert switch(loads=True) == {"loads": True, "stores": True}
+    on = complete(server, prompt(1000, 22))
+    told = on.kv_transfer_params["kvmem"]
+    assert told["tokens"]["host"] == 999 // 32 * 32 - told["tokens"]["device"]
+    assert told["tokens"]["host"] > 0
+    assert told["miss"] == "none"
+    assert "off" not in told
+    assert on.choices[0].text == second.choices[0].text
+
+
+def test_stores_switched_off_by_the_command_are_off_at_the_next_request(
+    server: Server, arena: str, switch: Callable[..., dict[str, bool]]
+) -> None:
+    for state, stored in (("off", 0), ("on", 320 // 32)):
+        command = [*KVMEM, "switch", "--arena", arena, "--stores", state]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert f"stores {state}" in told
+        assert switch() == {"loads": True, "stores": state == "on"}
+        receipt = complete(server, prompt(320, 31)).kv_transfer_params["kvmem"]
+        assert receipt["blocks_stored"] == stored
+        assert receipt.get("off") == ({"store": "switch"} if state == "off" else None)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_the_switch_wants_the_servers_key(server: Server, method: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer guess"}):
+        told = httpx.request(method, server.url + SWITCH, headers=headers, json={"loads": False})
+        assert told.status_code == 401
+    with_key = httpx.get(server.url + SWITCH, headers={"Authorization": f"Bearer {KEY}"})
+    assert with_key.json() == {"loads": True, "stores": True}
+
+
+def test_a_switch_that_is_not_understood_names_the_field(server: Server) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    told = httpx.post(server.url + SWITCH, headers=headers, json={"loads": "off"})
+    assert told.status_code == 400
+    assert told.json()["error"]["param"] == "loads"
 
 
 def test_a_killed_engine_frees_its_memory_and_leaves_no_name(

@@ -52,7 +52,7 @@ class TestArena {
     h.ranks = ranks;
     h.stats_offset = RoundUp(kArenaHeaderBytes + n_slots * ranks * sizeof(SlotDescriptor), 4096);
     h.stats_bytes = 65536;
-    h.data_offset = RoundUp(h.stats_offset + h.stats_bytes, kArenaAlign);
+    h.data_offset = RoundUp(h.stats_offset + h.stats_bytes + kArenaSwitchBytes, kArenaAlign);
     h.total_bytes = h.data_offset + n_slots * ranks * h.slot_stride;
     h.checksum = Xxh3_64(&h, offsetof(ArenaHeader, checksum));
     return h;

@@ -283,6 +283,9 @@ void TestWrongGeometryIsRefused() {
   CHECK(refused([](ArenaHeader* h) { h->slot_stride += 64; }));
   CHECK(refused([](ArenaHeader* h) { h->descriptors_offset = 0; }));
   CHECK(refused([](ArenaHeader* h) { h->stats_offset = kArenaHeaderBytes; }));
+  CHECK(refused([](ArenaHeader* h) {  // no room for the switch
+    h->stats_bytes = h->data_offset - h->stats_offset;
+  }));
   CHECK(refused([](ArenaHeader* h) {  // a sum that wraps round
     h->stats_offset = uint64_t{0} - kPage;
     h->stats_bytes = kPage;

@@ -69,9 +69,10 @@ def test_engine_library_outside_its_room_is_reported(copied_tree: Path, library:
     assert f"kvmem.store -> {library} " in done.stdout
 
 
-def test_web_framework_outside_its_rooms_is_reported(copied_tree: Path) -> None:
-    path = copied_tree / "kvmem" / "cache.py"
+@pytest.mark.parametrize("module", ["cache", "engines.vllm.launch"])
+def test_web_framework_outside_its_rooms_is_reported(copied_tree: Path, module: str) -> None:
+    path = copied_tree.joinpath("kvmem", *module.split(".")).with_suffix(".py")
     path.write_text(path.read_text() + "\ndef serve() -> None:\n    import starlette\n")
     done = lint_imports(copied_tree)
     assert done.returncode == 1
-    assert "kvmem.cache -> starlette " in done.stdout
+    assert f"kvmem.{module} -> starlette " in done.stdout

@@ -20,10 +20,10 @@ import pytest
 from rich.console import Console
 
 from kvmem import cli
-from kvmem.cli import live
+from kvmem.cli import live, switching
 from kvmem.config import describe
 from kvmem.engines.vllm import launch
-from kvmem.store import Arena, capacity
+from kvmem.store import Arena, Switch, capacity, list_live, read_switch, set_switch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +81,7 @@ def test_help_names_every_command_and_what_it_is_for(kvmem: Callable[..., Ran]) 
         "kvmem demo              see what it does",
         "kvmem serve ./my-model  start vLLM's OpenAI server",
         "kvmem stats --watch     what the running engines reuse",
+        "kvmem switch            its loads and stores off and on",
     ):
         assert line in ran.out
 
@@ -484,6 +485,124 @@ def test_watch_refreshes_until_interrupted(engine: Arena) -> None:
         assert watching.stderr.read() == ""
     assert '"pid":4711' in first
     assert json.loads(later)
+
+
+def test_stats_show_what_is_off_and_how_it_comes_on_again(engine: Arena) -> None:
+    engine.write_stats(msgspec.msgpack.encode(page(allowed={"loads": False, "stores": True})))
+    assert "off" not in rendered([msgspec.convert(page(), live.Page)], 1000.0)
+    set_switch(engine.path, loads=False, stores=False)
+    text = rendered(mine(engine), 1000.0)
+    assert "loads │ off │ by the setting 'load'" in text
+    assert "stores │ off │ until `kvmem switch --stores on`" in text
+    engine.buffer[engine.header.switch_offset] ^= 0x80
+    text = rendered(mine(engine), 1000.0)
+    assert "switch │ damaged │ `kvmem switch --loads on --stores on` writes it anew" in text
+
+
+def test_stats_for_machines_hold_the_switch(engine: Arena, kvmem: Callable[..., Ran]) -> None:
+    engine.write_stats(msgspec.msgpack.encode(page()))
+    set_switch(engine.path, stores=False)
+    (found,) = [
+        e for e in json.loads(kvmem("stats", "--json").out) if e["arena"] == engine.path.name
+    ]
+    assert found["switch"] == {"loads": True, "stores": False}
+    assert found["allowed"] == {"loads": True, "stores": True}
+
+
+# -- switch ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(engine: Arena, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the engine of this test, which sees no other."""
+    mine = [one for one in list_live() if one.path == engine.path]
+    monkeypatch.setattr(switching, "list_live", lambda: mine)
+    return engine.path.name.split("-", 2)[2]
+
+
+def test_switch_without_a_change_shows_what_stands(
+    kvmem: Callable[..., Ran], engine: Arena, alone: str
+) -> None:
+    set_switch(engine.path, loads=False)
+    ran = kvmem("switch")
+    assert ran.code == 0
+    assert ran.out.startswith(f"{alone}: loads off, stores on  (pid {os.getpid()}")
+    assert read_switch(engine.path) == Switch(loads=False, stores=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stands"),
+    [
+        (("--loads", "off"), Switch(loads=False, stores=True)),
+        (("--stores", "off"), Switch(loads=True, stores=False)),
+        (("--loads", "off", "--stores", "off"), Switch(loads=False, stores=False)),
+        (("--loads", "on"), Switch(loads=True, stores=True)),
+    ],
+)
+def test_switch_changes_what_is_named_and_tells_what_stands(
+    kvmem: Callable[..., Ran], engine: Arena, alone: str, flags: tuple[str, ...], stands: Switch
+) -> None:
+    ran = kvmem("switch", *flags)
+    assert ran.code == 0, ran.err
+    assert read_switch(engine.path) == stands
+    words = {True: "on", False: "off"}
+    assert f"loads {words[stands.loads]}, stores {words[stands.stores]}" in ran.out
+
+
+@pytest.mark.parametrize("flags", [("--loads", "maybe"), ("--stores",), ("--load", "off")])
+def test_switch_refuses_what_is_neither_on_nor_off(
+    kvmem: Callable[..., Ran], engine: Arena, alone: str, flags: tuple[str, ...]
+) -> None:
+    ran = kvmem("switch", *flags)
+    assert ran.code == 2
+    assert flags[0] in ran.err
+    assert read_switch(engine.path) == Switch()
+
+
+def test_switch_tells_what_a_setting_forbids(
+    kvmem: Callable[..., Ran], engine: Arena, alone: str
+) -> None:
+    engine.write_stats(msgspec.msgpack.encode(page(allowed={"loads": False, "stores": True})))
+    assert "loads off by the setting 'load', stores on" in kvmem("switch", "--loads", "on").out
+
+
+def test_switch_of_one_of_several_engines_wants_its_name(
+    kvmem: Callable[..., Ran], engine: Arena, new_arena_name: Callable[[], str]
+) -> None:
+    name = new_arena_name()
+    other = Arena.create(name, n_slots=4, slot_bytes=64, namespace=bytes(32))
+    try:
+        assert_refused(kvmem("switch", "--loads", "off"), "engines are running", "--arena", name)
+        assert_refused(kvmem("switch", "--arena", "nobody"), "'nobody'", name)
+        for spelled, loads in ((name, "off"), (other.path.name, "on")):
+            assert kvmem("switch", "--arena", spelled, "--loads", loads).code == 0
+            assert read_switch(other.path) == Switch(loads=loads == "on")
+        assert read_switch(engine.path) == Switch()
+        shown = kvmem("switch").out
+        assert name in shown
+        assert engine.path.name.split("-", 2)[2] in shown
+    finally:
+        other.close(unlink=True)
+
+
+def test_switch_mends_a_damaged_record_only_whole(
+    kvmem: Callable[..., Ran], engine: Arena, alone: str
+) -> None:
+    engine.buffer[engine.header.switch_offset] ^= 0x80
+    assert "damaged" in kvmem("switch").out
+    assert_refused(kvmem("switch", "--loads", "off"), "damaged", "both")
+    assert kvmem("switch", "--loads", "off", "--stores", "on").code == 0
+    assert read_switch(engine.path) == Switch(loads=False, stores=True)
+
+
+def test_switch_without_an_engine_is_one_clear_line_and_exit_code_1(
+    kvmem: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switching, "list_live", list)
+    for flags in ((), ("--loads", "off"), ("--arena", "one")):
+        ran = kvmem("switch", *flags)
+        assert (ran.code, ran.out) == (1, "")
+        assert ran.err.startswith("kvmem: no engine with kvmem is running.")
 
 
 # -- the demo's bad input -------------------------------------------------------------------------

@@ -31,6 +31,22 @@ def test_the_configuration_wins_over_a_wish() -> None:
     assert (wishes.load, wishes.store) == (False, False)
 
 
+@pytest.mark.parametrize(
+    ("config", "wish", "load_off", "store_off"),
+    [
+        (Config(), {}, None, None),
+        (Config(), {"load": False}, "request", None),
+        (Config(store=False), {"load": False}, "request", "setting"),
+        (Config(load=False), {"load": False, "store": False}, "setting", "request"),
+    ],
+)
+def test_who_forbids_is_told(
+    config: Config, wish: dict[str, bool], load_off: str | None, store_off: str | None
+) -> None:
+    wishes = Wishes.read({"kvmem": wish}, config)
+    assert (wishes.load_off, wishes.store_off) == (load_off, store_off)
+
+
 @pytest.mark.parametrize("wish", [{"laod": False}, {"load": "no"}, "off", [1]])
 def test_a_malformed_wish_is_told_and_changes_nothing(wish: object) -> None:
     wishes = Wishes.read({"kvmem": wish}, Config())
@@ -69,3 +85,13 @@ def test_a_request_preempted_before_its_first_token_keeps_its_first_account() ->
     resumed = SimpleNamespace(num_prompt_tokens=100, num_output_tokens=0, num_preemptions=1)
     receipt.matched(resumed, 0, 96, "none")
     assert receipt.finish(resumed, 16)["tokens"]["host"] == 16
+
+
+def test_off_is_told_only_where_something_was() -> None:
+    receipt = Receipt()
+    receipt.matched(request(), 0, 64, "new")
+    assert "off" not in receipt.finish(request(), 16)
+    receipt = Receipt(store_off="setting")
+    receipt.matched(request(), 0, 0, "load_off", "switch")
+    told = receipt.finish(request(), 16)
+    assert (told["miss"], told["off"]) == ("load_off", {"load": "switch", "store": "setting"})

@@ -15,11 +15,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvmem import events
 from kvmem.config import Config
 from kvmem.engines.vllm.page import RECENT
 from kvmem.engines.vllm.scheduler import SchedulerHalf
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, LoadDone, Orders, StoreDone
 from kvmem.errors import ArenaInUse, CapacityError, ConfigError
+from kvmem.store import set_switch
 from kvmem.store.arena import Arena
 
 BLOCK = 32
@@ -365,6 +367,133 @@ def test_verification_checks_exactly_the_share_asked_for(half: SchedulerHalf) ->
     half.config = Config(verify_share=0.25)
     picked = [half._pick_verified(n) for n in (3, 1, 7, 5, 16, 8)]
     assert sum(int(p.sum()) for p in picked) == 40 // 4
+
+
+# -- the live switch -----------------------------------------------------------------------------
+
+
+def looked_up(half: SchedulerHalf, request_id: str, n_tokens: int, seed: int = 0) -> Any:
+    """A new request, after its first lookup."""
+    one = request(request_id, n_tokens, seed)
+    half.on_new_request(one)
+    half.match(one, 0)
+    return one
+
+
+def test_loads_switched_off_answer_nothing_from_the_next_lookup_on(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    again = looked_up(half, "b", 4 * BLOCK)
+    set_switch(half.arena.path, loads=False)
+    assert half.match(again, 0) == (0, False)
+    told = finish(half, again)[1]["kvmem"]
+    assert (told["miss"], told["off"]) == ("load_off", {"load": "switch"})
+    assert told["tokens"]["host"] == 0
+
+    set_switch(half.arena.path, loads=True)
+    later = looked_up(half, "c", 4 * BLOCK)
+    assert half.match(later, 0) == (3 * BLOCK, True)
+    told = finish(half, later)[1]["kvmem"]
+    assert told["miss"] == "none"
+    assert "off" not in told
+
+
+def test_a_load_that_was_granted_goes_out_after_loads_were_switched_off(
+    half: SchedulerHalf,
+) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    again = looked_up(half, "b", 4 * BLOCK)
+    set_switch(half.arena.path, loads=False)
+    blocks = SimpleNamespace(get_block_ids=lambda: (list(range(50, 60)),))
+    half.allocated(again, blocks, 3 * BLOCK)  # type: ignore[arg-type]
+    (load,) = step(half).loads
+    assert load.block_ids == [50, 51, 52]
+    half.received(["b"])
+    assert finish(half, again)[1]["kvmem"]["tokens"]["host"] == 3 * BLOCK
+    assert half.cache.stats()["leases"] == 0
+
+
+def test_stores_switched_off_reserve_nothing(half: SchedulerHalf) -> None:
+    set_switch(half.arena.path, stores=False)
+    one = looked_up(half, "a", 4 * BLOCK)
+    assert not step(half, a=4 * BLOCK).stores
+    assert half.cache.stats()["pending"] == 0
+    one.num_computed_tokens = 4 * BLOCK  # all of them, and none is stored
+    keep, receipt = finish(half, one)
+    assert not keep  # the engine gets its blocks back at once
+    assert (receipt["kvmem"]["blocks_stored"], receipt["kvmem"]["off"]) == (0, {"store": "switch"})
+    assert half.cache.check_integrity() == []
+
+
+def test_stores_switched_off_leave_loads_as_they_were(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    set_switch(half.arena.path, stores=False)
+    again = looked_up(half, "b", 4 * BLOCK)
+    assert half.match(again, 0) == (3 * BLOCK, True)
+    step(half, b=4 * BLOCK)
+    finish(half, again)
+
+
+def test_stores_switched_on_again_store_what_was_computed_meanwhile(half: SchedulerHalf) -> None:
+    set_switch(half.arena.path, stores=False)
+    one = looked_up(half, "a", 6 * BLOCK)
+    assert not step(half, a=2 * BLOCK).stores
+    one.num_computed_tokens = 2 * BLOCK
+    set_switch(half.arena.path, stores=True)
+    orders = step(half, a=4 * BLOCK)
+    assert [len(store.slots) for store in orders.stores] == [6]
+    half.acknowledged(done(orders))
+    finish(half, one)
+    assert half.match(looked_up(half, "b", 6 * BLOCK), 0) == (5 * BLOCK, True)
+
+
+def test_blocks_kept_for_one_more_copy_are_let_go_when_stores_are_switched_off(
+    half: SchedulerHalf,
+) -> None:
+    one = looked_up(half, "a", 4 * BLOCK)
+    one.num_computed_tokens = 3 * BLOCK
+    keep, _ = finish(half, one)
+    assert keep
+    set_switch(half.arena.path, stores=False)
+    orders = step(half)
+    assert orders.finished == ["a"]  # the engine waits for this word
+    assert not orders.stores
+    assert half.cache.stats()["pending"] == 0
+
+
+def test_the_switch_allows_nothing_that_the_settings_or_the_request_forbid(
+    half: SchedulerHalf,
+) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    set_switch(half.arena.path, loads=True, stores=True)
+    wish = request("b", 4 * BLOCK)
+    wish.kv_transfer_params = {"kvmem": {"load": False}}
+    half.config = Config(store=False)
+    half.on_new_request(wish)
+    assert half.match(wish, 0) == (0, False)
+    assert not step(half, b=4 * BLOCK).stores
+    told = finish(half, wish)[1]["kvmem"]
+    assert told["off"] == {"load": "request", "store": "setting"}
+
+
+def test_a_damaged_switch_changes_nothing_and_counts_as_one_failure(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    set_switch(half.arena.path, loads=False)
+    one = looked_up(half, "b", 4 * BLOCK)
+    at = half.arena.header.switch_offset
+    half.arena.buffer[at + 4] ^= 1
+    for _ in range(3):
+        assert half.match(one, 0) == (0, False)  # still off
+    assert half.page.failures == 1
+    assert half.page.last_failure is not None
+    assert half.page.last_failure.startswith("switch: ")
+    set_switch(half.arena.path, loads=True, stores=True)
+    assert half.match(one, 0) == (3 * BLOCK, True)
+
+
+def test_a_change_of_the_switch_is_an_event(half: SchedulerHalf) -> None:
+    set_switch(half.arena.path, loads=False)
+    looked_up(half, "a", BLOCK)
+    assert events.Switched(loads=False, stores=True) in half.bus.recent()
 
 
 # -- bad input -----------------------------------------------------------------------------------

@@ -18,12 +18,19 @@ from typing import Any
 import msgspec
 
 from kvmem.config import Config
-from kvmem.engines.vllm.plugin import CONNECTOR_MODULE, CONNECTOR_NAME
+from kvmem.engines.vllm.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, ENDPOINT_NAME
 from kvmem.engines.vllm.support import check_version
 from kvmem.errors import ArenaInUse, ConfigError, UnsupportedEngine
 from kvmem.store import Arena, check_room, list_live
 
-__all__ = ["FRONT_MODULE", "SERVER_MODULE", "command", "installed_version", "transfer_config"]
+__all__ = [
+    "FRONT_MODULE",
+    "SERVER_MODULE",
+    "allowed_plugins",
+    "command",
+    "installed_version",
+    "transfer_config",
+]
 
 # What `kvmem serve` becomes: it runs vLLM's server, and says last why that did not start.
 FRONT_MODULE = "kvmem.engines.vllm.serve"
@@ -31,6 +38,15 @@ FRONT_MODULE = "kvmem.engines.vllm.serve"
 # module that it would run starts under either name.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 _GRACE = ["--shutdown-timeout", "10"]  # seconds
+_ENDPOINTS = "vllm.endpoint_plugins"
+_UNASKED = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+# Loaded unasked it does nothing; named in VLLM_PLUGINS it may download adapters.
+_ONLY_IF_NAMED = {"lora_hf_hub_resolver"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -78,6 +94,26 @@ def transfer_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": dict(settings),
     }
+
+
+def allowed_plugins(environ: Mapping[str, str]) -> str | None:
+    """What VLLM_PLUGINS has to be for kvmem's endpoint, and everything else as it was.
+
+    vLLM adds an endpoint only if VLLM_PLUGINS names it, and where that is set at all, loads no
+    plug-in of any kind that it does not name. None where it must stay unset: there is no such
+    entry point here, or a name that vLLM would load unasked is another package's endpoint as well,
+    which nobody asked for.
+    """
+    given = environ.get("VLLM_PLUGINS")
+    if given is not None:
+        names = [name for name in given.split(",") if name]
+        return ",".join(names if ENDPOINT_NAME in names else [*names, ENDPOINT_NAME])
+    find = importlib.metadata.entry_points
+    endpoints = {one.name for one in find(group=_ENDPOINTS)}
+    unasked = {one.name for kind in _UNASKED for one in find(group=kind)} - _ONLY_IF_NAMED
+    if ENDPOINT_NAME not in endpoints or unasked & endpoints:
+        return None
+    return ",".join([*sorted(unasked), ENDPOINT_NAME])
 
 
 def installed_version() -> str:

@@ -27,15 +27,19 @@ class Page:
         arena: whose stats region the page is.
         model: for people.
         block_bytes: bytes of a slot, all ranks together.
+        allowed: whether the settings allow "loads" and "stores".
     """
 
-    def __init__(self, arena: Arena, *, model: str, block_bytes: int) -> None:
+    def __init__(
+        self, arena: Arena, *, model: str, block_bytes: int, allowed: dict[str, bool]
+    ) -> None:
         self.totals = Totals()
         self.failures = 0
         self.last_failure: str | None = None
         self._arena = arena
         self._model = model
         self._block_bytes = block_bytes
+        self._allowed = allowed
         # A streamed response has no room for its receipt: the last few stand on the page.
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._written_s = 0.0
@@ -85,6 +89,7 @@ class Page:
                 "failures": self.failures,
             },
             "last_failure": self.last_failure,
+            "allowed": self._allowed,
             "recent": list(self._recent),
         }
         self._arena.write_stats(msgspec.msgpack.encode(page))

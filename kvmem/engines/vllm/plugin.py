@@ -1,11 +1,13 @@
-"""The `vllm.general_plugins` entry point."""
+"""kvmem's entry points in vLLM: `vllm.general_plugins`, and the name of its endpoint's."""
 
 from __future__ import annotations
 
-__all__ = ["CONNECTOR_MODULE", "CONNECTOR_NAME", "register"]
+__all__ = ["CONNECTOR_MODULE", "CONNECTOR_NAME", "ENDPOINT_NAME", "register"]
 
 CONNECTOR_NAME = "KvmemConnector"
 CONNECTOR_MODULE = "kvmem.engines.vllm.connector"
+# Not the connector's: who names that one in VLLM_PLUGINS has not asked for a route.
+ENDPOINT_NAME = "kvmem_switch"
 
 
 def register() -> None:

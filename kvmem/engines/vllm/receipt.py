@@ -26,11 +26,24 @@ class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Wishes(msgspec.Struct, frozen=True):
-    """What this request allows; a malformed wish is told in the receipt and changes nothing."""
+    """What this request allows; a malformed wish is told in the receipt and changes nothing.
 
-    load: bool
-    store: bool
+    `load_off` and `store_off` say who forbids it: "setting", "request", or None for nobody.
+    """
+
+    load_off: str | None
+    store_off: str | None
     error: str | None = None
+
+    @property
+    def load(self) -> bool:
+        """Whether the request may be answered from kvmem."""
+        return self.load_off is None
+
+    @property
+    def store(self) -> bool:
+        """Whether what it computes may be stored."""
+        return self.store_off is None
 
     @classmethod
     def read(cls, params: Mapping[str, Any] | None, config: Config) -> Wishes:
@@ -40,7 +53,17 @@ class Wishes(msgspec.Struct, frozen=True):
             asked = msgspec.convert((params or {}).get("kvmem") or {}, _Asked)
         except msgspec.ValidationError as invalid:
             error = f"kv_transfer_params.kvmem was not understood and is ignored: {invalid}"
-        return cls(load=asked.load and config.load, store=asked.store and config.store, error=error)
+        return cls(
+            load_off=_off_by(config.load, asked.load),
+            store_off=_off_by(config.store, asked.store),
+            error=error,
+        )
+
+
+def _off_by(setting: bool, request: bool) -> str | None:
+    if not setting:
+        return "setting"
+    return None if request else "request"
 
 
 @dataclass(slots=True)
@@ -58,9 +81,13 @@ class Receipt:
     store_ms: float = 0.0
     miss: str = "new"
     resumed_at: int = 0
+    load_off: str | None = None
+    store_off: str | None = None
     _counted: bool = False
 
-    def matched(self, request: Request, start: int, stop: int, missing: str) -> None:
+    def matched(
+        self, request: Request, start: int, stop: int, missing: str, off_by: str | None = None
+    ) -> None:
         """Notes what the first lookup found: `start` tokens on the device, all up to `stop` here.
 
         Later lookups are of a request that was preempted.
@@ -72,6 +99,7 @@ class Receipt:
         self.host = max(0, stop - start)
         self.miss = missing
         self.resumed_at = stop
+        self.load_off = off_by
 
     def load_failed(self, request: Request, host_tokens: int) -> None:
         """Notes that only so many tokens of what the first lookup found could be used."""
@@ -89,7 +117,8 @@ class Receipt:
 
         `tokens` says where the prompt's KV came from; `computed` is the rest. `miss` says why
         block `first_missing_block` was not here: none, new, evicted, pending, quarantined,
-        cleared, abandoned, no_boundary, load_off or load_failed.
+        cleared, abandoned, no_boundary, load_off or load_failed. `off` is there when loads or
+        stores were off for this request, and says by whom: setting, request, switch or worker.
         """
         self._counted = True
         self.prompt = request.num_prompt_tokens
@@ -109,6 +138,9 @@ class Receipt:
             "miss": self.miss,
             "first_missing_block": first_missing,
         }
+        off = {"load": self.load_off, "store": self.store_off}
+        if any(off.values()):
+            receipt["off"] = {what: by for what, by in off.items() if by}
         if self.error is not None:
             receipt["error"] = self.error
         return receipt

@@ -6,7 +6,6 @@ One thread calls it, the engine's scheduler. Nothing is copied here. Per request
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from kvmem import events
 from kvmem.cache import Cache, Grant, Part
 from kvmem.config import Config
 from kvmem.engines.vllm import support
+from kvmem.engines.vllm.arenas import arena_name
 from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.namespace import namespace_of
@@ -35,6 +35,7 @@ from kvmem.engines.vllm.wire import (
 from kvmem.errors import CapacityError
 from kvmem.store.arena import Arena, sweep
 from kvmem.store.layout import slots_within
+from kvmem.store.switch import Switch, SwitchReader
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -80,6 +81,7 @@ class SchedulerHalf:
             self.arena,
             model=str(model.served_model_name or model.model),
             block_bytes=self.arena.slot_bytes * self.ranks,
+            allowed={"loads": config.load, "stores": config.store},
         )
         self.totals = self.page.totals
         self.live = Live(self, vllm_config)
@@ -94,7 +96,14 @@ class SchedulerHalf:
         self._broken: dict[str, list[int]] = {}
         self._verify_credit = 0
         self._was_reset = False
+        self.switch = SwitchReader(
+            self.arena, on_damage=lambda told: self.failed("switch", told), on_change=self._switched
+        )
         self.write_stats()
+
+    def _switched(self, now: Switch) -> None:
+        self.bus.emit(events.Switched(loads=now.loads, stores=now.stores))
+        self.page.touch()
 
     def _make_arena(self, vllm_config: VllmConfig) -> Arena:
         slot_bytes = self.geometry.slot_bytes
@@ -108,9 +117,8 @@ class SchedulerHalf:
                 setting="host_gb",
             )
         transfer = vllm_config.kv_transfer_config
-        engine_id = "".join(c for c in str(transfer and transfer.engine_id) if c.isalnum())
         return Arena.create(
-            self.config.arena or f"{engine_id[:40]}-{os.getpid()}",
+            arena_name(self.config, str(transfer and transfer.engine_id)),
             n_slots=n_slots,
             slot_bytes=slot_bytes,
             namespace=self.namespace.digest,
@@ -133,7 +141,8 @@ class SchedulerHalf:
         wishes = Wishes.read(request.kv_transfer_params, self.config)
         keys = Chains(request.block_hashes, self.geometry.shapes, self.geometry.hash_tokens)
         stored = [0] * len(self.geometry.groups)
-        seen = Seen(request, wishes, Receipt(error=wishes.error), keys, stored)
+        receipt = Receipt(error=wishes.error, store_off=wishes.store_off)
+        seen = Seen(request, wishes, receipt, keys, stored)
         self._seen[request.request_id] = seen
         self.totals.requests += 1
 
@@ -157,11 +166,11 @@ class SchedulerHalf:
         seen.stale = self._was_reset and start > 0
         skips = getattr(request, "skip_reading_prefix_cache", False)
         seen.forget_stored()
-        off = not seen.wishes.load or not self._worker_maps or skips
+        off = seen.wishes.load_off or self._load_off(skips)
         if off or seen.load_failed:
             seen.grant = None
             reason = "load_failed" if seen.load_failed else "load_off"
-            seen.receipt.matched(request, start, start, reason)
+            seen.receipt.matched(request, start, start, reason, off)
             return 0, False
         hashed = len(request.block_hashes) * self.geometry.hash_tokens
         grant = self.cache.acquire(
@@ -173,6 +182,13 @@ class SchedulerHalf:
         seen.grant = grant
         seen.receipt.matched(request, start, grant.stop, grant.missing)
         return (grant.stop - start, True) if grant.stop > start else (0, False)
+
+    def _load_off(self, skips: bool) -> str | None:
+        if not self.switch.read().loads:
+            return "switch"
+        if skips:
+            return "request"
+        return None if self._worker_maps else "worker"
 
     def unmatched(self, request: Request) -> None:
         """A lookup failed, so the engine's own hit may be older than a reset: as `match` says,

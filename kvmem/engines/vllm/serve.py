@@ -8,6 +8,7 @@ to serve, and exit code 2:
 
 - what vLLM's parsed configuration tells is checked before an engine is started
 - what only the engine's processes could know, they leave for this one (`refusal`)
+- kvmem's endpoint is allowed where vLLM's own choice of plug-ins can stay as it was
 - what vLLM refuses, or fails at, is told in its own words, and that it was vLLM
 """
 
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvmem.config import Config
 from kvmem.engines.vllm import refusal, support
-from kvmem.engines.vllm.launch import SERVER_MODULE
+from kvmem.engines.vllm.launch import SERVER_MODULE, allowed_plugins
 from kvmem.engines.vllm.namespace import check_weights
 from kvmem.errors import ConfigError, KVMemError, UnsupportedEngine
 from kvmem.store import sweep
@@ -51,6 +52,9 @@ def main() -> None:
     last = _Last()
     # Registered before multiprocessing is imported, so it runs after that has tidied up.
     atexit.register(last)
+    plugins = allowed_plugins(os.environ)
+    if plugins is not None:
+        os.environ["VLLM_PLUGINS"] = plugins  # before vLLM looks, here and in its processes
     with refusal.collected() as folder:
         try:
             check(sys.argv[1:])

@@ -55,6 +55,8 @@ class Storing:
 
         Without `n_computed` the tables hold nothing else.
         """
+        if self._is_off(seen):
+            return
         for index, (group, table) in enumerate(zip(self._geometry.groups, tables, strict=True)):
             keys = seen.keys.of(index)
             stop = min(len(keys), len(table))
@@ -73,6 +75,8 @@ class Storing:
     def of_states(self, orders: Orders, seen: Seen, offers: Iterable[tuple[int, int, int]]) -> None:
         """Orders the stores of states that the engine says this step completes: (group, block,
         tokens). Where a request keeps which state, its table does not tell."""
+        if self._is_off(seen):
+            return
         for index, block_id, n_tokens in offers:
             at, rest = divmod(n_tokens, self._geometry.groups[index].shape.block_tokens)
             # A state inside a block is for the engine's own use: no prompt is resumed there.
@@ -82,6 +86,8 @@ class Storing:
     def has_more(self, seen: Seen, tables: Sequence[Sequence[int]]) -> bool:
         """Whether blocks that are complete were not stored yet; notes where they are."""
         request, more = seen.request, False
+        if self._is_off(seen):
+            return False
         in_flight = getattr(request, "num_in_flight_tokens", 0)
         computed = min(request.num_computed_tokens - in_flight, request.num_tokens - 1)
         seen.device_blocks = []
@@ -91,6 +97,13 @@ class Storing:
             seen.device_blocks.append(list(table[:complete]))
             more = more or (complete > seen.stored[index] and not group.from_offers)
         return more
+
+    def _is_off(self, seen: Seen) -> bool:
+        """Whether the live switch is against it; what is passed over is stored when it is not."""
+        if self._half.switch.read().stores:
+            return False
+        seen.receipt.store_off = "switch"
+        return True
 
     def _store(
         self,
