@@ -24,6 +24,7 @@ from kvmem.config import Config
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.namespace import namespace_of
 from kvmem.engines.vllm.receipt import Receipt, Wishes
+from kvmem.engines.vllm.tables import BlockTables
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Ids, Load, LoadDone, Orders, Store, Words
 from kvmem.errors import CapacityError
 from kvmem.store.arena import Arena, sweep
@@ -137,6 +138,7 @@ class SchedulerHalf:
         # A streamed response has no room for its receipt: the last few stand on the stats page.
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._seen: dict[str, _Seen] = {}
+        self._tables = BlockTables()
         self._sequence = 0
         self._outstanding: dict[int, list[_Outstanding]] = {}
         self._new_loads: list[str] = []
@@ -248,7 +250,6 @@ class SchedulerHalf:
             seen = self._seen.get(request_id)
             if seen is not None and seen.grant is not None:
                 orders.loads.append(self._load(request_id, seen, seen.grant))
-        state = getattr(output, "kv_connector_block_state", None)
         for request_id, n_tokens in output.num_scheduled_tokens.items():
             seen = self._seen.get(request_id)
             if seen is None:
@@ -261,7 +262,7 @@ class SchedulerHalf:
             complete = min(complete, len(request.block_hashes))
             if complete <= seen.stored:
                 continue
-            block_ids = state.get_block_ids(request_id) if state is not None else None
+            block_ids = self._tables.of(request_id)
             if block_ids is not None:
                 self._store(orders, request_id, seen, block_ids[0], complete)
         return orders
@@ -272,6 +273,7 @@ class SchedulerHalf:
         Until `sent_out` they can be made again without loss.
         """
         self._sequence += 1
+        self._tables.take(output)
         return Orders(
             sequence=self._sequence,
             arena=str(self.arena.path),
