@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["CONNECTOR_MODULE", "CONNECTOR_NAME", "register"]
 
 CONNECTOR_NAME = "KvmemConnector"
-CONNECTOR_MODULE = "kvmem.engines.vllm.connector"
+CONNECTOR_MODULE = "kvmem.engines.vllm.entry"
 
 
 def register() -> None:
