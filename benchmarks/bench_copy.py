@@ -100,7 +100,7 @@ class _Slots:
             n_slots=n_slots,
             slot_bytes=self.block_bytes,
             namespace=bytes(32),
-            group=0,
+            ranks=1,
             uid=os.getuid(),
             owner_pid=os.getpid(),
             owner_start=0,

@@ -103,14 +103,18 @@ def _serve(
     give --host, and then it wants --api-key too.
 
     Settings are checked before anything starts. Exit code 2 and a last line that says why when
-    there is nothing to serve. `kvmem stats` shows what the server reuses.
+    there is nothing to serve. With a vLLM that kvmem can't work with, one line says so, and vLLM
+    runs without it. `kvmem stats` shows what the server reuses.
     """
-    from kvmem.engines.vllm import launch
+    from kvmem.engines.vllm import interface, launch
 
     given = {name: _value(name, text) for name, text in settings.items() if text is not None}
     flags, more = _split_ours(context.args)
     given |= {name: _value(name, text) for name, text in more.items()}
     command = launch.command(model, given, flags)
+    off = interface.why_off()
+    if off is not None:
+        typer.echo(f"kvmem: {off}", err=True)
     if dry_run:
         typer.echo(shlex.join(command))
         return

@@ -21,7 +21,7 @@ from kvmem.demo.play import Played, play, request_id, warm_up
 from kvmem.demo.report import Arm
 from kvmem.demo.server import Server
 from kvmem.demo.team import Script, full_script, quick_script
-from kvmem.engines.vllm import launch, support
+from kvmem.engines.vllm import interface, launch
 from kvmem.errors import ConfigError
 from kvmem.store import Arena, check_room, sweep
 
@@ -221,7 +221,7 @@ def _write_figures(output: Path, alone: Arm, together: Arm) -> Path:
 
 
 def _check_needs() -> None:
-    support.check_version(launch.installed_version())
+    interface.check()
     missing = [n for n in ("matplotlib", "openai", "httpx") if importlib.util.find_spec(n) is None]
     if missing:
         raise ConfigError(

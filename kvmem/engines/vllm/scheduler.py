@@ -23,6 +23,7 @@ from kvmem.engines.vllm.page import Page
 from kvmem.engines.vllm.receipt import Receipt, Wishes
 from kvmem.engines.vllm.seen import Seen
 from kvmem.engines.vllm.storing import Storing
+from kvmem.engines.vllm.tables import BlockTables
 from kvmem.engines.vllm.weights import Live
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
@@ -89,6 +90,7 @@ class SchedulerHalf:
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
         self._seen: dict[str, Seen] = {}
+        self._tables = BlockTables()
         self._sequence = 0
         self.storing = Storing(self)
         self._new_loads: list[str] = []
@@ -247,20 +249,19 @@ class SchedulerHalf:
             seen = self._seen.get(request_id)
             if seen is not None and seen.grant is not None:
                 orders.loads.append(self._load(request_id, seen, seen.grant))
-        state = getattr(output, "kv_connector_block_state", None)
         for request_id, n_tokens in output.num_scheduled_tokens.items():
             seen = self._seen.get(request_id)
             if seen is None:
                 continue
             seen.loading = False  # it is computing, so its load is over, whatever was reported
-            if seen.stale or not seen.wishes.store or state is None:
+            if seen.stale or not seen.wishes.store:
                 continue
             n_computed = seen.request.num_computed_tokens + n_tokens
             if self.storing.completes(seen, n_computed):
-                tables = state.get_block_ids(request_id)
+                tables = self._tables.of(request_id)
                 if tables is not None:
                     self.storing.of_tables(orders, seen, tables, n_computed)
-        for request_id, offers in getattr(state, "boundary_state_offloads", {}).items():
+        for request_id, offers in self._tables.offers().items():
             seen = self._seen.get(request_id)
             if seen is not None and not seen.stale and seen.wishes.store:
                 self.storing.of_states(orders, seen, offers)
@@ -272,6 +273,7 @@ class SchedulerHalf:
         Until `sent_out` they can be made again without loss.
         """
         self._sequence += 1
+        self._tables.take(output)
         return Orders(
             sequence=self._sequence,
             arena=str(self.arena.path),

@@ -140,8 +140,8 @@ def _parsed(flags: Sequence[str]) -> Namespace:
             make_arg_parser,
             validate_parsed_serve_args,
         )
-    except ImportError:  # where it was before 0.32
-        from vllm.entrypoints.openai.cli_args import (  # type: ignore[no-redef]
+    except ImportError:  # from 0.33 on
+        from vllm.entrypoints.common.cli_args import (  # type: ignore[no-redef]
             make_arg_parser,
             validate_parsed_serve_args,
         )

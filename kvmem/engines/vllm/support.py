@@ -1,6 +1,6 @@
 """What this version serves; everything else is refused at start, with the flag to change.
 
-Features are looked for, never version numbers, but for the range that was tested.
+What it needs of vLLM itself is another question, with another answer: `interface`.
 """
 
 from __future__ import annotations
@@ -10,38 +10,13 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
+from kvmem.engines.vllm import interface
 from kvmem.errors import UnsupportedEngine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["check_engine", "check_flags", "check_version", "refuse"]
-
-OLDEST = (0, 29)
-NEWEST = (0, 33)
-
-
-def check_version(version: str) -> None:
-    """Refuses an engine outside the tested range.
-
-    Raises:
-        UnsupportedEngine: naming the version and the range.
-    """
-    parts = version.split(".")
-    try:
-        found = (int(parts[0]), int(parts[1]))
-    except (IndexError, ValueError):
-        found = (0, 0)
-    if not OLDEST <= found <= NEWEST:
-        raise UnsupportedEngine(
-            f"kvmem serves vLLM {_dotted(OLDEST)} to {_dotted(NEWEST)}, this is {version}",
-            next_step="Install a vLLM of that range, or start without kvmem.",
-            version=version,
-        )
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
+__all__ = ["check_engine", "check_flags", "refuse"]
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -50,13 +25,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
     Raises:
         UnsupportedEngine: naming the flag and what to do.
     """
-    import vllm
     from vllm.platforms import current_platform
-    from vllm.v1.core.sched.output import SchedulerOutput
 
-    check_version(vllm.__version__)
-    if "kv_connector_block_state" not in SchedulerOutput.__dataclass_fields__:
-        refuse(f"a scheduler without block tables for connectors (vLLM {vllm.__version__})", "")
+    interface.check()  # the connector may have been named by its own module, past `entry`
     transfer = vllm_config.kv_transfer_config
     if not current_platform.is_cpu():
         refuse(f"device {current_platform.device_type!r}", "Use vLLM's CPU build.")
