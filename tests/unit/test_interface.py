@@ -37,7 +37,7 @@ def installed() -> Path:
 def copied(installed: Path, tmp_path: Path) -> Path:
     """The installed vLLM's Python files, as far as the table goes, to break."""
     to = tmp_path / "tree" / "vllm"
-    for folder in sorted({need.module.split(".")[1] for need in NEEDS}):
+    for folder in sorted({need.module.split(".")[1] for need in (*NEEDS, *OPTIONAL)}):
         for file in (installed / folder).rglob("*.py"):
             place = to / file.relative_to(installed)
             place.parent.mkdir(parents=True, exist_ok=True)
