@@ -148,7 +148,7 @@ def assert_settled(engine: Engine) -> None:
     assert stats["leases"] == 0, stats
     assert engine.half.cache.check_integrity() == []
     assert not engine.half._seen
-    assert not engine.half._outstanding
+    assert not engine.half.storing.outstanding
     assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 127
 
 

@@ -48,6 +48,7 @@ HOOKS = {
     "start_load_kv": ("worker", "begin"),
     "wait_for_save": ("worker", "store"),
     "get_finished": ("worker", "results"),
+    "get_transfer_results": ("worker", "failed_requests"),
     "get_block_ids_with_load_errors": ("worker", "failed_blocks"),
     "build_connector_worker_meta": ("worker", "acks"),
     "load copy": ("worker", "_load"),
@@ -151,10 +152,10 @@ def with_a_broken_block(engine: Engine, tokens: list[int], what: str) -> tuple[T
 def slot_of_block(engine: Engine, tokens: list[int], block: int) -> int:
     cache = engine.half.cache
     keys = engine_keys(engine, tokens)
-    grant = cache.acquire("test", keys, start=0, limit=len(keys))
+    grant = cache.acquire("test", [keys], start=0, limit=len(keys) * BLOCK)
     assert grant.n_blocks == len(keys)
     cache.release("test")
-    return int(grant.slots[block])
+    return int(grant.parts[0].slots[block])
 
 
 def engine_keys(engine: Engine, tokens: list[int]) -> list[bytes]:
