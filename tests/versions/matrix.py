@@ -4,8 +4,8 @@
     python -m tests.versions.matrix 0.29.0     these; writes nothing
 
 `make versions` and `make versions-oldest` make the environments first. A release that has all
-that kvmem needs runs `test_served.py`, another `test_off.py`; one without a CPU build is
-downloaded and its source is read. Exit code 1 when a test fails.
+that kvmem needs runs `SERVED`, another `OFF_TESTS`; one without a CPU build is downloaded and its
+source is read. Exit code 1 when a test fails.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ BEGIN, END = "<!-- versions: begin -->\n", "<!-- versions: end -->"
 LOCKS = ROOT / "requirements" / "versions"
 NOT_BUILT = ("0.33.0",)  # releases without a build for the CPU
 WHEELS = ROOT / "build" / "versions"
+# The real engine and model, and its schedulers, synchronous and not, step by step.
+SERVED = ("tests/versions/test_served.py", "tests/scheduling/test_steps.py")
+OFF_TESTS = ("tests/versions/test_off.py",)
 
 YES, OFF, READ, FAILED = "yes", "no: vLLM runs without kvmem", "source checked", "fails"
 
@@ -86,18 +89,18 @@ def ran(version: str) -> Row:
     told = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
     sources = Sources(Path(told.stdout.strip()) / "vllm")
     lacks = missing_in(sources, NEEDS)
-    file = "test_off.py" if lacks else "test_served.py"
+    tests = OFF_TESTS if lacks else SERVED
     began = time.monotonic()
-    print(f"== vLLM {version}: tests/versions/{file}", flush=True)
+    print(f"== vLLM {version}: {' '.join(tests)}", flush=True)
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/versions/{file}"],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         cwd=ROOT,
         env={**os.environ, "KVMEM_REQUIRE_ENGINE": "1"},
         check=False,
     )
     print(f"== vLLM {version}: {time.monotonic() - began:.0f} s", flush=True)
     if done.returncode:
-        return Row(version, FAILED, f"tests/versions/{file}")
+        return Row(version, FAILED, " ".join(tests))
     return Row(version, OFF, f"lacks {lacks[0]}") if lacks else Row(version, YES, _lost(sources))
 
 
