@@ -27,6 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--seed", type=int, default=20_261_126)
+    parser.add_argument("--adapters", type=int, default=0, help="LoRA adapters beside the model")
     parser.add_argument("--folder", type=Path, help="keep the servers' logs here")
     args = parser.parse_args()
     exit_on_sigterm()
@@ -36,7 +37,13 @@ def main() -> None:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmem-soak-"))
         )
         folder.mkdir(parents=True, exist_ok=True)
-        plan = Plan(minutes=args.minutes, folder=folder, streams=args.streams, seed=args.seed)
+        plan = Plan(
+            minutes=args.minutes,
+            folder=folder,
+            streams=args.streams,
+            seed=args.seed,
+            adapters=args.adapters,
+        )
         result = run(plan, model, lambda line: print(line, flush=True))
     finish({**result.line(), "trouble": result.trouble})
     sys.exit(1 if result.trouble else 0)

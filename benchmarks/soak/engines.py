@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ __all__ = ["Engine", "oracle", "under_test"]
 
 _DTYPE = "float32"
 _START_S = 600.0
+_STOP_S = 120.0
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # resets over HTTP
     "OMP_WAIT_POLICY": "PASSIVE",  # beside other work a spinning thread holds up the one it awaits
@@ -43,6 +46,15 @@ class Engine(Child):
             ChildError: it ended, or was not ready in ten minutes.
         """
         self.until(self._answers, seconds=_START_S, what="the server")
+
+    def stop(self) -> None:
+        """Ends it as its user would, with a signal to the server alone, which ends the others.
+
+        Raises:
+            subprocess.TimeoutExpired: it does not end.
+        """
+        os.kill(self.group, signal.SIGTERM)
+        self._process.wait(_STOP_S)
 
     def client(self) -> Client:
         """A client of it."""
@@ -93,7 +105,7 @@ def _flags(plan: Plan, device_bytes: int, adapters: Mapping[str, Path]) -> list[
     flags = [
         *("--served-model-name", MODEL, "--dtype", _DTYPE, "--enforce-eager"),
         *("--block-size", str(plan.block_tokens), "--max-model-len", str(plan.max_model_len)),
-        *("--max-num-seqs", str(plan.streams), "--max-num-batched-tokens", "256"),
+        *("--max-num-seqs", str(plan.streams), "--max-num-batched-tokens", str(plan.step_tokens)),
         *("--kv-cache-memory-bytes", str(device_bytes), "--disable-uvicorn-access-log"),
     ]
     if adapters:

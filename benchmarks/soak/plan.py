@@ -59,9 +59,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     adapters: int = 0
     least_asks: int = 3
     block_tokens: int = 32
-    device_blocks: int = 72
+    device_blocks: int = 56
     host_gb: float = 0.2
     max_model_len: int = 1_024
+    step_tokens: int = 128
 
     @property
     def seconds(self) -> float:

@@ -19,7 +19,7 @@ __all__ = ["Soak"]
 
 _TELL_EVERY_S = 30.0
 _GIVEN_BACK_WITHIN_S = 20.0
-_LATE = 2
+_LATEST = 3
 _DRILLED = 4
 _MOST_FAILED = 100  # an engine that fails them all fails fast, and would fill the memory here
 
@@ -40,7 +40,8 @@ class Soak:
         self.failed: list[str] = []
         self.memory: list[dict[str, int]] = []
         self.page: Page | None = None
-        self.metrics: dict[str, float] = {}
+        self.preemptions = 0  # for want of room: vLLM counts those of a drill with them
+        self._by_drills = 0
         self._engine = engine
         self._shelf = shelf
         self._plan = plan
@@ -52,10 +53,12 @@ class Soak:
         """All rounds.
 
         Raises:
-            ExceptionGroup: the engine ended (ChildError), or fails everything (RequestFailed).
+            RequestFailed: the engine answers nothing, from the beginning.
+            ExceptionGroup: it ended (ChildError), or fails everything (RequestFailed).
         """
-        began = time.monotonic()
         async with self._engine.client() as client:
+            await self._warm_up(client)
+            began = time.monotonic()
             teller = asyncio.create_task(self._tell_now_and_then(began))
             try:
                 for number, round_ in enumerate(self._plan.rounds, start=1):
@@ -64,6 +67,17 @@ class Soak:
                     await self._rest(client, number, round_)
             finally:
                 teller.cancel()
+
+    async def _warm_up(self, client: Client) -> None:
+        """Steps of every number of tokens that there can be.
+
+        For each new one vLLM's CPU kernels keep some MiB for good, kvmem or no kvmem: half a GiB
+        for 256 of them, which would pass for a leak.
+        """
+        for n_tokens in range(1, self._plan.step_tokens + 1):
+            prompt = tuple(range(1_000 + n_tokens, 1_000 + 2 * n_tokens))  # no two begin alike
+            ask = Ask(kind="warm-up", prompt=prompt, n_tokens=1, load=False, store=False)
+            await client.ask(ask)
 
     # -- traffic -----------------------------------------------------------------------------
 
@@ -77,7 +91,7 @@ class Soak:
                 await self._reset(client, round_.amid, "amid")
 
     async def _stream(self, client: Client, stream: int, until: float) -> None:
-        asked, at_last = 0, until + _LATE * self._plan.round_s
+        asked, at_last = 0, time.monotonic() + _LATEST * self._plan.round_s
         while (now := time.monotonic()) < until or (
             asked < self._plan.least_asks and now < at_last
         ):
@@ -125,7 +139,7 @@ class Soak:
             self.held.append(f"at rest after round {number}: blocks of the device")
         self.happened["rest"] += 1
         self.memory.append(memory_of(self._engine.pids()))
-        self.metrics = await client.metrics()
+        self.preemptions = await self._preempted(client) - self._by_drills
         mib = sum(self.memory[-1].values()) >> 20
         at_rest = ", ".join(held) or "all is back"
         self._tell(f"  round {number}: {self._told()}; at rest: {at_rest}, {mib:,} MiB")
@@ -152,6 +166,7 @@ class Soak:
     async def _drill(self, client: Client) -> None:
         """Resets everything under requests that run. None of them loads, since the engine can't
         take blocks back from a load and raises."""
+        before = await self._preempted(client)
         first_tokens = asyncio.Semaphore(0)
         asks = [
             Ask(
@@ -178,6 +193,10 @@ class Soak:
                 await first_tokens.acquire()
             if not await self._reset(client, EVERYTHING, "under running requests", running=True):
                 self.held.append("a reset under running requests was not done")
+        self._by_drills += await self._preempted(client) - before
+
+    async def _preempted(self, client: Client) -> int:
+        return round((await client.metrics())["vllm:num_preemptions_total"])
 
     async def _reset(self, client: Client, what: str, when: str, *, running: bool = False) -> bool:
         try:
@@ -203,10 +222,9 @@ class Soak:
             if page is not None
             else ""
         )
-        preempted = self.metrics.get("vllm:num_preemptions_total", 0.0)
         return (
             f"{len(self.calls):,} answers, {hung_up} hung up, {len(self.failed)} failed{ours}, "
-            f"{preempted:g} preempted until the last rest"
+            f"{self.preemptions} preempted until the last rest"
         )
 
 

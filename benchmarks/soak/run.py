@@ -19,6 +19,7 @@ from benchmarks.soak.rounds import Soak
 from benchmarks.soak.traffic import library
 from benchmarks.soak.verdict import Evidence, Verdict, verdict
 from benchmarks.soak.watch import errors_in, growth
+from tests.adapters import config_of, make_adapter
 
 __all__ = ["run"]
 
@@ -30,13 +31,14 @@ def run(plan: Plan, model: Path, tell: Callable[[str], None] = print) -> Verdict
     """Plays the plan, asks the oracle, and says what was found; `tell` gets lines of progress."""
     before = shared_memory()
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(_corpus.real_text(_TEXT_CHARS))
-    adapters: dict[str, Path] = {}
+    adapters = _adapters(plan, model)
     arena = f"soak-{os.getpid()}"
     with engines.under_test(plan, model, adapters, arena=arena) as engine:
         engine.wait_ready()
         tell(f"kvmem serves; {plan.minutes:g} minutes in {len(plan.rounds)} rounds")
         played = Soak(engine, library(ids.ids, plan), plan, tell)
         asyncio.run(played.play())
+        engine.stop()
     log_errors = errors_in(engine.log.read_text(encoding="utf-8", errors="replace"))
     judgement = _judged(plan, model, adapters, played.calls, tell)
     seen = Evidence(
@@ -48,11 +50,20 @@ def run(plan: Plan, model: Path, tell: Callable[[str], None] = print) -> Verdict
         last_memory=played.memory[-1],
         log_errors=log_errors,
         page=played.page,
-        preemptions=round(played.metrics["vllm:num_preemptions_total"]),
-        left_behind=leftovers(before),
+        preemptions=played.preemptions,
+        left_behind=leftovers(before, (arena,)),
     )
     _explain(seen, played, tell)
     return verdict(plan, seen)
+
+
+def _adapters(plan: Plan, model: Path) -> dict[str, Path]:
+    """Random LoRA adapters by the name that requests give."""
+    config = config_of(model)
+    return {
+        f"adapter-{i}": make_adapter(plan.folder / f"adapter-{i}", seed=i, config=config)
+        for i in range(plan.adapters)
+    }
 
 
 def _judged(

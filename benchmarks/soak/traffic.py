@@ -68,7 +68,7 @@ def library(ids: Sequence[int], plan: Plan) -> Library:
         Session(
             system=systems[i % _TEAMS],
             turns=[piece(16, 96) for _ in range(draw.randint(2, 5))],
-            n_tokens=[draw.choice((4, 8, 16, 32)) for _ in range(5)],
+            n_tokens=[draw.choice((4, 8, 16, 48)) for _ in range(5)],
         )
         for i in range(plan.sessions)
     ]
@@ -102,7 +102,7 @@ def script(stream: int, shelf: Library, plan: Plan) -> Script:
         else:
             prompt = draw.choice(shelf.longs if kind == "long" else shelf.shorts)
         # Decided by the prompt, so that the same prompt is the same request to the oracle.
-        n_tokens = 4 + len(prompt) % 21
+        n_tokens = 4 + len(prompt) % 37
         yield from _asked(draw, msgspec.structs.replace(start, prompt=prompt, n_tokens=n_tokens))
 
 

@@ -68,8 +68,7 @@ def growth(samples: Sequence[Mapping[str, int]]) -> dict[str, float]:
     """The share by which each kind of process grew, and all together, after the warm-up.
 
     The first third of the samples is the warm-up: until then the device's blocks are touched for
-    the first time, and the math library makes its kernels. Of the rest, the last quarter is held
-    against the first.
+    the first time, say. Of the rest, the last quarter is held against the first.
     """
     rest = samples[len(samples) // 3 :]
     quarter = max(1, len(rest) // 4)
