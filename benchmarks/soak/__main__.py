@@ -27,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--seed", type=int, default=20_261_126)
-    parser.add_argument("--adapters", type=int, default=0, help="LoRA adapters beside the model")
+    parser.add_argument("--adapters", type=int, default=2, help="LoRA adapters beside the model")
     parser.add_argument("--folder", type=Path, help="keep the servers' logs here")
     args = parser.parse_args()
     exit_on_sigterm()

@@ -77,6 +77,17 @@ class Client:
             raise RequestFailed(f"reset of {what}: {response.status_code} {response.text[:300]}")
         return bool(response.json()["success"])
 
+    async def switch(self, *, on: bool) -> None:
+        """Switches kvmem's loads and stores, both on or both off, from the next request on.
+
+        Raises:
+            RequestFailed: they are not, afterwards.
+        """
+        wanted = {"loads": on, "stores": on}
+        response = await self._http.post("/v1/kvmem/switch", json=wanted)
+        if response.status_code != httpx.codes.OK or response.json() != wanted:
+            raise RequestFailed(f"switch: {response.status_code} {response.text[:300]}")
+
     async def metrics(self) -> dict[str, float]:
         """The server's own counters and gauges, each summed over its labels."""
         response = (await self._http.get("/metrics")).raise_for_status()

@@ -23,12 +23,14 @@ class Round(msgspec.Struct, frozen=True):
 
     `amid` is reset while requests are under way: the engine then answers yes or no. `at_rest` is
     reset when nothing runs, and must be. A `drill` resets everything under requests that run, at
-    rest otherwise, since the engine raises where a load is under way.
+    rest otherwise, since the engine raises where a load is under way. With `switched` kvmem's
+    loads and stores are off in the first half, and nothing may be loaded or stored meanwhile.
     """
 
     amid: str | None = None
     at_rest: str | None = None
     drill: bool = False
+    switched: bool = False
 
 
 # In turns. A reset of everything while the engine holds blocks ends kvmem's stores on top of them
@@ -39,6 +41,7 @@ ROUNDS = (
     Round(amid=EVERYTHING, at_rest=EVERYTHING),
     Round(amid=DEVICE),
     Round(drill=True),
+    Round(switched=True),
 )
 
 
@@ -56,7 +59,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path
     streams: int = 16
     seed: int = 20_261_126
-    adapters: int = 0
+    adapters: int = 2
     least_asks: int = 3
     block_tokens: int = 32
     device_blocks: int = 56

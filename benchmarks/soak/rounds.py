@@ -42,6 +42,7 @@ class Soak:
         self.page: Page | None = None
         self.preemptions = 0  # for want of room: vLLM counts those of a drill with them
         self._by_drills = 0
+        self._moved: tuple[int, int] | None = None
         self._engine = engine
         self._shelf = shelf
         self._plan = plan
@@ -82,13 +83,27 @@ class Soak:
     # -- traffic -----------------------------------------------------------------------------
 
     async def _traffic(self, client: Client, round_: Round, until: float) -> None:
+        if round_.switched:
+            await self._switch(client, on=False)
         async with asyncio.TaskGroup() as tasks:
             for stream in range(self._plan.streams):
                 tasks.create_task(self._stream(client, stream, until))
+            await asyncio.sleep(max(0.0, until - time.monotonic()) / 2)
             if round_.amid is not None:
-                await asyncio.sleep(max(0.0, until - time.monotonic()) / 2)
                 # Yes or no, either is right while requests hold blocks.
                 await self._reset(client, round_.amid, "amid")
+            if round_.switched:
+                await self._switch(client, on=True)
+
+    async def _switch(self, client: Client, *, on: bool) -> None:
+        """Switches kvmem off at rest, and on again if nothing moved meanwhile."""
+        page = self._engine.page()
+        moved = (page.counters.blocks_loaded, page.counters.blocks_stored) if page else None
+        if on and moved != self._moved:
+            self.failed.append(f"switched off: blocks loaded, stored {self._moved} became {moved}")
+        self._moved = moved
+        await client.switch(on=on)
+        self.happened[f"switched {'on' if on else 'off'}"] += 1
 
     async def _stream(self, client: Client, stream: int, until: float) -> None:
         asked, at_last = 0, time.monotonic() + _LATEST * self._plan.round_s

@@ -137,6 +137,8 @@ def _wanted(plan: Plan) -> Iterable[str]:
             f"reset of {round_.at_rest} at rest" if round_.at_rest else "",
             "reset of everything under running requests" if round_.drill else "",
             "drill" if round_.drill else "",
+            "switched off" if round_.switched else "",
+            "switched on" if round_.switched else "",
         )
         if name
     )

@@ -104,7 +104,7 @@ def test_the_oracle_has_a_bounded_number_of_requests(plan: Plan, shelf: Library)
 
 
 def test_without_adapters_nobody_asks_for_one(plan: Plan, tmp_path: Path) -> None:
-    plain = Plan(minutes=5, folder=tmp_path)
+    plain = Plan(minutes=5, folder=tmp_path, adapters=0)
     asks = played(plain, library(range(40_000), plain), 0, 200)
     assert {ask.adapter for ask in asks} == {None}
 
@@ -245,3 +245,20 @@ def test_a_reset_says_what_it_empties(what: str, external: str) -> None:
 
     assert asyncio.run(one()) is False
     assert seen[0].params["reset_external"] == external
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        httpx.Response(503, json={"error": {"message": "no engine"}}),
+        httpx.Response(200, json={"loads": True, "stores": False}),
+    ],
+)
+def test_a_switch_that_does_not_switch_is_a_failure(response: httpx.Response) -> None:
+    async def one() -> None:
+        transport = httpx.MockTransport(lambda _: response)
+        async with Client("http://engine", transport=transport) as client:
+            await client.switch(on=False)
+
+    with pytest.raises(RequestFailed, match="switch"):
+        asyncio.run(one())
