@@ -22,13 +22,17 @@ __all__ = ["Page", "pages", "render", "show"]
 
 
 class Host(msgspec.Struct, frozen=True):
-    """The host tier: slots and bytes."""
+    """The host tier: slots and bytes.
+
+    `leased` are leases, `reserved` slots that a step under way writes into: both are 0 at rest.
+    """
 
     slots: int
     used: int
     leased: int
     bytes: int
     slot_bytes: int
+    reserved: int = 0
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -167,7 +171,7 @@ def _table(page: Page, now_s: float) -> Table:
         "host tier",
         f"{_size(host.bytes)}",
         f"{host.used:,} of {host.slots:,} blocks ({_share(host.used, host.slots)}), "
-        f"{host.leased:,} leased",
+        f"{host.leased:,} leased, {host.reserved:,} being stored",
     )
     drawn.add_row(
         "stored",

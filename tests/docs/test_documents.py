@@ -106,7 +106,7 @@ def test_error_tree_of_the_docstring_is_the_tree_of_the_classes() -> None:
 def benchmark_keys() -> dict[str, set[str]]:
     """The keys that docs/benchmarks.md promises, by benchmark."""
     page = (ROOT / "docs" / "benchmarks.md").read_text().partition("## Keys")[2]
-    parts = re.split(r"^\*\*(bench_\w+)\*\*", page.partition("## Two traps")[0], flags=re.MULTILINE)
+    parts = re.split(r"^\*\*(bench_\w+)\*\*", page.partition("## Soak")[0], flags=re.MULTILINE)
     promised = {}
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) or [text]
@@ -114,11 +114,18 @@ def benchmark_keys() -> dict[str, set[str]]:
     return promised
 
 
+def soak_keys() -> set[str]:
+    """The keys that docs/benchmarks.md promises of the soak."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text().partition("## Soak")[2]
+    rows = re.findall(r"^\| (`.*?) \|", page.partition("## Two traps")[0], re.MULTILINE)
+    return set(re.findall(r"`(\w+)`", " ".join(rows)))
+
+
 def newest_results() -> dict[str, dict[str, object]]:
-    """The JSON of each benchmark's first row in RESULTS.md, which has the newest first."""
+    """The JSON of each program's first row in RESULTS.md, which has the newest first."""
     newest: dict[str, dict[str, object]] = {}
     for line in (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines():
-        found = re.search(r"benchmarks\.(bench_\w+).*\| `(\{.*\})` \|$", line)
+        found = re.search(r"benchmarks\.(\w+).*\| `(\{.*\})` \|$", line)
         if found:
             newest.setdefault(found[1], json.loads(found[2]))
     return newest
@@ -134,3 +141,8 @@ def test_every_benchmark_is_on_the_page_with_its_keys() -> None:
 @pytest.mark.parametrize("name", sorted(benchmark_keys()))
 def test_a_benchmarks_newest_result_has_every_key_that_the_page_explains(name: str) -> None:
     assert benchmark_keys()[name] - set(newest_results()[name]) == set()
+
+
+def test_the_soaks_newest_result_has_every_key_that_the_page_explains() -> None:
+    assert "wrong" in soak_keys()
+    assert soak_keys() - set(newest_results()["soak"]) == set()

@@ -372,6 +372,7 @@ COUNTERS = {
 
 def page(**changes: Any) -> dict[str, Any]:
     host = {"slots": 400, "used": 100, "leased": 3, "bytes": 5 << 20, "slot_bytes": 52428}
+    host["reserved"] = 2
     return {
         "model": "smollm2",
         "pid": 4711,
@@ -427,7 +428,7 @@ def test_table_shows_shares_sizes_and_rates() -> None:
         "prompt tokens │ 80,000",
         "computed │ 10,000 │ 12%",
         "reused from the host │ 30,000 │ 38%",
-        "5.0 MiB │ 100 of 400 blocks (25%), 3 leased",
+        "5.0 MiB │ 100 of 400 blocks (25%), 3 leased, 2 being stored",
         "900 blocks │ 9.0 GiB in 3.00 s, 3.2 GB/s",
     ):
         assert part in text

@@ -325,6 +325,33 @@ def test_a_clients_long_request_ids_do_not_burst_the_stats_page(half: SchedulerH
     assert page["recent"][-1]["request_id"].startswith(f"{RECENT}-é")
 
 
+def test_the_page_tells_of_leases_and_of_slots_that_are_being_written(half: SchedulerHalf) -> None:
+    def held() -> tuple[int, int]:
+        half.failed("somewhere", "so that the page is written now")
+        half.write_stats()
+        host = msgspec.msgpack.decode(Arena.read_stats(half.arena.path) or b"")["host"]
+        return host["leased"], host["reserved"]
+
+    one = request("a", 3 * BLOCK)
+    half.on_new_request(one)
+    half.match(one, 0)
+    orders = step(half, a=3 * BLOCK)
+    assert held() == (0, 3)
+    half.acknowledged(done(orders))
+    assert held() == (1, 0)
+    half.reset()  # what a step is writing stays its slots' until it says so
+    two = request("b", 3 * BLOCK, seed=1000)
+    half.on_new_request(two)
+    half.match(two, 0)
+    orders = step(half, b=3 * BLOCK)
+    half.cache.drop("again")
+    assert held() == (1, 3)
+    half.acknowledged(done(orders))
+    finish(half, one)
+    finish(half, two)
+    assert held() == (0, 0)
+
+
 def test_a_finished_request_holds_no_lease(half: SchedulerHalf) -> None:
     one = stored(half, "a", 4 * BLOCK)
     assert half.cache.stats()["leases"] == 1
