@@ -115,7 +115,7 @@ def read(version: str) -> Row:
 
 
 def _lost(sources: Sources) -> str:
-    return "; ".join(lost_in(sources)) or "all"
+    return "; ".join(lost_in(sources)) or "nothing lost"
 
 
 def wheel(version: str) -> Traversable:

@@ -437,7 +437,7 @@ class SchedulerHalf:
             seen.stale = True
         # The engine resets its own cache first, which fails while a block is in use. Blocks that
         # it kept, and those that requests go on to fill, are older than this reset.
-        pool = self._device_pool  # None before 0.30
+        pool = self._device_pool  # None where the engine gives none
         self._was_reset = pool is None or bool(
             len(pool.cached_block_hash_to_block)
             or pool.get_num_free_blocks() + 1 < pool.num_gpu_blocks  # one is never free
