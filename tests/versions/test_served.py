@@ -66,9 +66,14 @@ def test_vllm_finds_the_connector_by_its_entry_point(host: EngineHost) -> None:
     assert host.run(connector_name) == (name, name)
 
 
-def wipe(worker: Any) -> None:
-    """Nothing of what the device's blocks held is left."""
-    for layer in worker.model_runner.kv_caches:
+def wipe(engine: Engine) -> None:
+    """Nothing of what the device's blocks held is left.
+
+    Not by `collective_rpc`: kvmem takes what that does for a change of weights.
+    """
+    layers = engine.core.model_executor.driver_worker.worker.model_runner.kv_caches
+    assert len(layers) > 0
+    for layer in layers:
         layer.zero_()
 
 
@@ -78,7 +83,7 @@ def cold_native_host(engine: Engine, tokens: list[int]) -> tuple[Turn, Turn, Tur
     before = engine.half.totals.as_dict()
     cold, native = engine.generate([tokens])[0], engine.generate([tokens])[0]
     engine.forget_device()
-    engine.llm.collective_rpc(wipe)
+    wipe(engine)
     restored = engine.generate([tokens])[0]
     engine.settle()
     after = engine.half.totals.as_dict()
@@ -106,7 +111,7 @@ def loaded_as_zeros(engine: Engine, tokens: list[int]) -> Turn:
     import numpy as np
 
     engine.forget_device()
-    engine.llm.collective_rpc(wipe)
+    wipe(engine)
     worker = engine.worker_connector.worker
     worker._load = lambda load: _done(worker, load, np.zeros(len(load.slots), np.uint8))
     try:
