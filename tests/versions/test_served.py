@@ -107,25 +107,23 @@ def test_a_stored_prompt_comes_back_from_the_host_token_by_token(host: EngineHos
 
 
 def loaded_as_zeros(engine: Engine, tokens: list[int]) -> Turn:
-    """The prompt again, when loads say that they are done and bring nothing."""
-    import numpy as np
-
+    """The prompt again, when loads say that they are done and have brought nothing."""
     engine.forget_device()
-    wipe(engine)
     worker = engine.worker_connector.worker
-    worker._load = lambda load: _done(worker, load, np.zeros(len(load.slots), np.uint8))
+    real = worker._load
+
+    def load(*orders: Any) -> Any:
+        done = real(*orders)
+        wipe(engine)
+        return done
+
+    worker._load = load
     try:
         return engine.generate([tokens])[0]
     finally:
         del worker._load
         engine.settle()
         assert engine.scheduler.reset_prefix_cache(reset_connector=True)
-
-
-def _done(worker: Any, load: Any, status: Any) -> Any:
-    from kvmem.engines.vllm.wire import LoadDone
-
-    return LoadDone(load.request_id, len(status), 0, 0.0)
 
 
 def test_blocks_that_were_not_moved_would_not_pass_for_right(host: EngineHost) -> None:
