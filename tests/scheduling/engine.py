@@ -202,13 +202,14 @@ class Engine:
             **settings,
         }
         names = [[f"{name}.{group}" for name in LAYERS] for group in range(len(specs))]
+        told = {"hash_block_size": BLOCK}  # from 0.32 on
         kv = KVCacheConfig(
             num_blocks=self.n_device,
             kv_cache_tensors=[],
             kv_cache_groups=[
                 KVCacheGroupSpec(layers, spec) for layers, spec in zip(names, specs, strict=True)
             ],
-            hash_block_size=BLOCK,
+            **{k: v for k, v in told.items() if k in KVCacheConfig.__dataclass_fields__},
         )
         scheduler = config.scheduler_config.get_scheduler_cls()
         assert scheduler.__name__ == ("AsyncScheduler" if asynchronous else "Scheduler")

@@ -52,7 +52,7 @@ def test_a_block_is_all_the_layers_of_its_group() -> None:
 
 def test_every_group_needs_what_its_layers_read() -> None:
     window = attention("SlidingWindowSpec", sliding_window=100)
-    found = geometry(attention(), window, states())
+    found = geometry(attention(), window, states(), hash_tokens=32)
     assert [g.shape.reach_tokens for g in found.groups] == [None, 99, 1]
     assert [g.from_offers for g in found.groups] == [False, False, True]
     assert (found.block_tokens, found.hash_tokens) == (64, 32)
@@ -62,7 +62,7 @@ def test_every_group_needs_what_its_layers_read() -> None:
 
 def test_the_slot_holds_the_largest_groups_block_and_padding_is_not_copied() -> None:
     padded = states(page_size_padded=4096)
-    found = geometry(attention(), padded)
+    found = geometry(attention(), padded, hash_tokens=32)
     assert [g.block_bytes for g in found.groups] == [2 * PAGE, 2 * (3 * 8 * 4 + 4 * 4 * 2)]
     assert found.slot_bytes == 2 * PAGE
 
@@ -91,6 +91,17 @@ def test_a_draft_models_own_kv_is_refused() -> None:
     config.kv_cache_groups[0].is_eagle_group = True
     with pytest.raises(UnsupportedEngine, match="draft model"):
         geometry_of(None, config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("unit", "told"), [(None, 32), (8, 8)])
+def test_where_the_engine_tells_no_hash_size_its_own_rule_does(unit: int | None, told: int) -> None:
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(enable_prefix_caching=True, prefix_match_unit=unit),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        kv_transfer_config=object(),
+    )
+    found = geometry_of(config, cache_config(attention(), states()))  # type: ignore[arg-type]
+    assert found.hash_tokens == told
 
 
 def test_hashes_that_do_not_end_with_the_blocks_are_refused() -> None:

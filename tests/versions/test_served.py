@@ -66,9 +66,14 @@ def test_vllm_finds_the_connector_by_its_entry_point(host: EngineHost) -> None:
     assert host.run(connector_name) == (name, name)
 
 
-def wipe(worker: Any) -> None:
-    """Nothing of what the device's blocks held is left."""
-    for layer in worker.model_runner.kv_caches:
+def wipe(engine: Engine) -> None:
+    """Nothing of what the device's blocks held is left.
+
+    Not by `collective_rpc`: kvmem takes what that does for a change of weights.
+    """
+    layers = engine.core.model_executor.driver_worker.worker.model_runner.kv_caches
+    assert len(layers) > 0
+    for layer in layers:
         layer.zero_()
 
 
@@ -78,7 +83,7 @@ def cold_native_host(engine: Engine, tokens: list[int]) -> tuple[Turn, Turn, Tur
     before = engine.half.totals.as_dict()
     cold, native = engine.generate([tokens])[0], engine.generate([tokens])[0]
     engine.forget_device()
-    engine.llm.collective_rpc(wipe)
+    wipe(engine)
     restored = engine.generate([tokens])[0]
     engine.settle()
     after = engine.half.totals.as_dict()
@@ -102,25 +107,23 @@ def test_a_stored_prompt_comes_back_from_the_host_token_by_token(host: EngineHos
 
 
 def loaded_as_zeros(engine: Engine, tokens: list[int]) -> Turn:
-    """The prompt again, when loads say that they are done and bring nothing."""
-    import numpy as np
-
+    """The prompt again, when loads say that they are done and have brought nothing."""
     engine.forget_device()
-    engine.llm.collective_rpc(wipe)
     worker = engine.worker_connector.worker
-    worker._load = lambda load: _done(worker, load, np.zeros(len(load.slots), np.uint8))
+    real = worker._load
+
+    def load(*orders: Any) -> Any:
+        done = real(*orders)
+        wipe(engine)
+        return done
+
+    worker._load = load
     try:
         return engine.generate([tokens])[0]
     finally:
         del worker._load
         engine.settle()
         assert engine.scheduler.reset_prefix_cache(reset_connector=True)
-
-
-def _done(worker: Any, load: Any, status: Any) -> Any:
-    from kvmem.engines.vllm.wire import LoadDone
-
-    return LoadDone(load.request_id, len(status), 0, 0.0)
 
 
 def test_blocks_that_were_not_moved_would_not_pass_for_right(host: EngineHost) -> None:

@@ -72,9 +72,7 @@ def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geom
         refuse(f"a model with {len(groups)} KV-cache groups", "Use another model.")
     if len(groups) > 1:
         _check_several(vllm_config, groups)
-    hash_tokens = getattr(kv_cache_config, "hash_block_size", None)
-    if hash_tokens is None:
-        hash_tokens = math.gcd(*(group.shape.block_tokens for group in groups))
+    hash_tokens = _hash_tokens(vllm_config, kv_cache_config, groups)
     for group in groups:
         if group.shape.block_tokens % hash_tokens:
             refuse(
@@ -84,6 +82,21 @@ def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geom
     return Geometry(
         groups=groups, n_device_blocks=kv_cache_config.num_blocks, hash_tokens=hash_tokens
     )
+
+
+def _hash_tokens(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, groups: tuple[Group, ...]
+) -> int:
+    told = getattr(kv_cache_config, "hash_block_size", None)
+    if told is not None:
+        return int(told)
+    if len(groups) == 1:
+        return groups[0].shape.block_tokens
+    # Before 0.32 the engine's core tells no connector, and --prefix-match-unit has a say in it.
+    # A wrong guess would take the key of a shorter prefix for a block's (I1).
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    return int(resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1])
 
 
 def _group_of(group: KVCacheGroupSpec) -> Group:

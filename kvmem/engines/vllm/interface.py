@@ -185,6 +185,9 @@ NEEDS: tuple[Need, ...] = (
     Need("call", "vllm.v1.core.kv_cache_manager", "KVCacheBlocks.get_block_ids"),
     # -- the shape of the cache, and what the namespace is made of
     *_read("vllm.v1.kv_cache_interface", "KVCacheConfig", "num_blocks", "kv_cache_groups"),
+    Need("name", "vllm.v1.kv_cache_interface", "KVCacheConfig.hash_block_size",
+         instead=Need("call", "vllm.v1.core.kv_cache_utils", "resolve_kv_cache_block_sizes",
+                      ("kv_cache_config", "vllm_config"))),
     *_read("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "layer_names", "kv_cache_spec"),
     *_read("vllm.v1.kv_cache_interface", "FullAttentionSpec", "block_size", "page_size_bytes",
            "dtype", "sliding_window", "attention_chunk_size"),
