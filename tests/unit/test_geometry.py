@@ -104,6 +104,21 @@ def test_where_the_engine_tells_no_hash_size_its_own_rule_does(unit: int | None,
     assert found.hash_tokens == told
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_mla_is_served_only_where_the_engine_caches_it_itself(together: bool) -> None:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    spec = attention("MLAAttentionSpec", num_kv_heads=1, head_size=576)
+    whole = UniformTypeKVCacheSpecs(block_size=32, kv_cache_specs={"a": spec, "b": spec})
+    config = cache_config(whole if together else spec)
+    caching = SimpleNamespace(enable_prefix_caching=True)
+    engine: Any = SimpleNamespace(cache_config=caching)
+    assert geometry_of(engine, config).groups[0].shape.reach_tokens is None
+    caching.enable_prefix_caching = False
+    with pytest.raises(UnsupportedEngine, match="MLA with prefix caching off"):
+        geometry_of(engine, config)
+
+
 def test_hashes_that_do_not_end_with_the_blocks_are_refused() -> None:
     with pytest.raises(UnsupportedEngine, match="hashes over 48 tokens"):
         geometry(attention(), hash_tokens=48)

@@ -72,6 +72,7 @@ def geometry_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Geom
         refuse(f"a model with {len(groups)} KV-cache groups", "Use another model.")
     if len(groups) > 1:
         _check_several(vllm_config, groups)
+    _check_latent(vllm_config, kv_cache_config)
     hash_tokens = _hash_tokens(vllm_config, kv_cache_config, groups)
     for group in groups:
         if group.shape.block_tokens % hash_tokens:
@@ -151,6 +152,20 @@ def _reach_of(spec: KVCacheSpec) -> int | None:
 def _real_bytes(spec: KVCacheSpec) -> int:
     """Bytes of a layer's block, without what pads it to the other groups' size."""
     return int(getattr(spec, "real_page_size_bytes", spec.page_size_bytes))
+
+
+def _check_latent(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Without AMX vLLM's CPU kernel computes MLA wrong on top of cached tokens: vLLM turns its own
+    prefix cache off because of that, but asks a connector for tokens all the same."""
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec, UniformTypeKVCacheSpecs
+
+    for group in kv_cache_config.kv_cache_groups:
+        whole = group.kv_cache_spec
+        several = isinstance(whole, UniformTypeKVCacheSpecs)
+        specs = whole.kv_cache_specs.values() if several else (whole,)
+        latent = any(isinstance(spec, MLAAttentionSpec) for spec in specs)
+        if latent and not vllm_config.cache_config.enable_prefix_caching:
+            refuse("MLA with prefix caching off", "Leave prefix caching on, on a CPU with AMX.")
 
 
 def _check_several(vllm_config: VllmConfig, groups: tuple[Group, ...]) -> None:
