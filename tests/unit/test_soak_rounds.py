@@ -159,3 +159,4 @@ def test_a_server_that_fails_everything_ends_the_soak(plan: Plan) -> None:
     server = Server()
     server.refuses = lambda body: body["max_tokens"] > 1
     with pytest.raises(ExceptionGroup):
+        played(server, plan)
