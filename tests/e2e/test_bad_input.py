@@ -165,25 +165,29 @@ def test_folder_without_weights(
 # -- told by the engine's own processes -----------------------------------------------------------
 
 
-def test_attention_that_kvmem_does_not_serve(
+def test_states_that_the_engine_keeps_at_no_boundary(
     kvmem_serve: Callable[..., Ran], smollm2: str, tmp_path: Path
 ) -> None:
     model = checkpoint(
         tmp_path / "model",
         smollm2,
-        architectures=["MistralForCausalLM"],
-        model_type="mistral",
-        sliding_window=128,
+        architectures=["Lfm2ForCausalLM"],
+        model_type="lfm2",
+        layer_types=["conv", "full_attention"],
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=32,
+        conv_dim=64,
+        conv_L_cache=3,
+        block_dim=64,
+        block_ff_dim=128,
+        block_auto_adjust_ff_dim=False,
     )
     dummy = ["--load-format", "dummy", "--kvmem-weights-digest", "0" * 64]
-    ran = kvmem_serve(model, *SMALL, *dummy)
-    assert_refused(ran, "SlidingWindowSpec", "Use a model whose layers are all full attention")
+    ran = kvmem_serve(model, *SMALL, *dummy, "--no-enable-prefix-caching")
+    assert_refused(ran, "states whose prefix caching is off", "Set --enable-prefix-caching")
 
 
 def test_weights_that_vllm_cannot_load(
