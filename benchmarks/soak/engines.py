@@ -110,7 +110,7 @@ def _flags(plan: Plan, device_bytes: int, adapters: Mapping[str, Path]) -> list[
     ]
     if adapters:
         named = [f"{name}={folder}" for name, folder in adapters.items()]
-        flags += ["--enable-lora", "--max-loras", str(len(adapters)), "--lora-modules", *named]
+        flags += ["--enable-lora", "--max-loras", str(len(adapters) + 1), "--lora-modules", *named]
     return flags
 
 

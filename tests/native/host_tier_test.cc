@@ -226,6 +226,7 @@ void WriteAndServe(World* world, uint32_t seed) {
     if (step % 1024 == 0) CHECK(world->tier->CheckIntegrity().empty());
   }
   --world->writers_left;
+  world->writers_left.notify_all();
 }
 
 // One prompt's life, told in world->story: it grows block by block, and from time to time its end
@@ -303,6 +304,8 @@ void Keep(World* world, uint32_t seed) {
     ++world->keeper_steps;
     world->keeper_steps.notify_all();
   }
+  // Its lease ends with it, and then writers evict what readers were told is there.
+  for (int left; (left = world->writers_left.load()) > 0;) world->writers_left.wait(left);
 }
 
 void Read(World* world, uint32_t seed) {
