@@ -125,10 +125,10 @@ def test_budget_above_the_shared_memory(kvmem_serve: Callable[..., Ran], smollm2
     ("flags", "parts"),
     [
         (
-            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
-            ["speculative", "Leave out --speculative-config"],
+            ["--speculative-config", '{"model": "a-draft", "num_speculative_tokens": 2}'],
+            ["speculative decoding by a draft model", '"ngram"', "leave it out"],
         ),
-        (["-tp", "2"], ["--tensor-parallel-size 2", "Set --tensor-parallel-size 1"]),
+        (["-pp", "2"], ["--pipeline-parallel-size 2", "Set --pipeline-parallel-size 1"]),
         (
             ["--prefix-caching-hash-algo", "xxhash"],
             ["--prefix-caching-hash-algo xxhash", "Set --prefix-caching-hash-algo sha256"],
@@ -136,7 +136,7 @@ def test_budget_above_the_shared_memory(kvmem_serve: Callable[..., Ran], smollm2
         (["--no-such-flag"], ["vLLM refuses the flags", "--no-such-flag", "--help=all"]),
         (["--load-format", "dummy"], ["--load-format dummy", "'weights_digest'"]),
     ],
-    ids=["speculative", "tensor-parallel", "hash", "unknown-flag", "dummy-weights"],
+    ids=["speculative", "pipeline-parallel", "hash", "unknown-flag", "dummy-weights"],
 )
 def test_flag_that_is_refused(
     kvmem_serve: Callable[..., Ran], smollm2: str, flags: list[str], parts: list[str]
