@@ -23,7 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=LONG_MINUTES, help="of traffic")
     parser.add_argument(
-        "--short", action="store_const", dest="minutes", const=SHORT_MINUTES, help="as tests do"
+        "--short", action="store_const", dest="minutes", const=SHORT_MINUTES, help="five minutes"
     )
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--seed", type=int, default=20_261_126)

@@ -9,7 +9,7 @@ import msgspec
 __all__ = ["DEVICE", "EVERYTHING", "LONG_MINUTES", "ROUNDS", "SHORT_MINUTES", "Plan", "Round"]
 
 LONG_MINUTES = 60.0
-SHORT_MINUTES = 5.0  # what `make test` runs
+SHORT_MINUTES = 5.0
 
 DEVICE = "device"  # the engine's own prefix cache; kvmem keeps what it has
 EVERYTHING = "everything"  # kvmem's cache too

@@ -223,12 +223,28 @@ MUST = ("loads", "stores", "evictions", "preemptions", "quarantines", "resets", 
         "aborted while RUNNING", "aborted while WAITING_FOR_REMOTE_KVS", "loads held")  # fmt: skip
 
 LOTS = 8
+BOTH = (False, True)
+# Everything with one group; with several what differs there: the engine's hybrid manager, under
+# either scheduler, and a load that fails as a whole.
+CASES = [
+    *[("full", asynchronous, faults) for asynchronous in BOTH for faults in BOTH],
+    ("hybrid", False, False),
+    ("hybrid", True, True),
+    ("windows", True, False),
+]
+assert {groups for groups, _, _ in CASES} == set(GROUPS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faults", [False, True], ids=["sound", "with broken hooks"])
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["Scheduler", "AsyncScheduler"])
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(
+    ("groups", "asynchronous", "faults"),
+    CASES,
+    ids=[
+        f"{groups}-{'AsyncScheduler' if asynchronous else 'Scheduler'}"
+        f"-{'with broken hooks' if faults else 'sound'}"
+        for groups, asynchronous, faults in CASES
+    ],
+)
 def test_any_order_of_events_reads_right_and_leaves_nothing(
     config: Any,
     new_arena_name: Callable[[], str],
