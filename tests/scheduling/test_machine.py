@@ -52,6 +52,7 @@ HOOKS = [
     ("worker", "begin"),
     ("worker", "store"),
     ("worker", "results"),
+    ("worker", "failed_requests"),
     ("worker", "failed_blocks"),
     ("worker", "acks"),
     ("worker", "_load"),

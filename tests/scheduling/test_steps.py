@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.scheduling.engine import Engine, running
+from tests.scheduling.engine import Engine, InjectedError, running
 from tests.scheduling.forward import BLOCK, WrongKVError
 
 pytestmark = pytest.mark.engine
@@ -331,6 +331,7 @@ HOOKS = [
     ("worker", "begin"),
     ("worker", "store"),
     ("worker", "results"),
+    ("worker", "failed_requests"),
     ("worker", "failed_blocks"),
     ("worker", "acks"),
     ("worker", "_load"),
@@ -371,6 +372,31 @@ def test_a_hook_that_fails_after_an_abort_leaves_nothing(
     engine.drain()
     engine.mend()
     engine.generate(other(40, 9))
+    engine.assert_settled()
+
+
+def test_a_request_whose_load_is_always_refused_ends(engine: Engine) -> None:
+    stored(engine)
+    half, calls = engine.worker.worker, 0
+
+    def failing() -> set[str]:
+        nonlocal calls
+        calls += 1
+        raise InjectedError("failed_requests")
+
+    half.failed_requests = failing
+    one = engine.add(PROMPT, 4)
+    for _ in range(50):
+        if engine.turns[one].finish_reason is not None:
+            break
+        engine.step()
+    assert calls > 0
+    assert len(engine.turns[one].tokens) == 4
+    assert engine.turns[one].receipt["tokens"]["host"] == 0
+    assert engine.turns[one].receipt["miss"] == "load_failed"
+    del half.failed_requests
+    engine.drain()
+    engine.faulted = True
     engine.assert_settled()
 
 

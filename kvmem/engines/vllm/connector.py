@@ -183,11 +183,13 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
         """Takes in what the worker half did."""
         acks = connector_output.kv_connector_worker_meta
         received = connector_output.finished_recving or ()
+        refused = getattr(connector_output, "failed_recving", ())  # since 0.30
         self._safely(
             "update_connector_output",
             lambda: self.scheduler.acknowledged(acks if isinstance(acks, Acks) else None),
             _nothing,
         )
+        self._safely("update_connector_output", lambda: self.scheduler.refused(refused), _nothing)
 
         def otherwise() -> None:  # it is said once only, and an ended request must lose its lease
             self._safely(

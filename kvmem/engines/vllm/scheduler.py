@@ -352,6 +352,14 @@ class SchedulerHalf:
         for loaded in acks.loads if acks is not None else ():
             self._loaded(loaded)
 
+    def refused(self, request_ids: Iterable[str]) -> None:
+        """Loads that count as failed as a whole, whatever was said of their blocks. The engine asks
+        again for such a request: it must not be promised the same load for ever."""
+        for request_id in request_ids:
+            seen = self._seen.get(request_id)
+            if seen is not None and not seen.load_failed:
+                seen.fail_load()
+
     def received(self, request_ids: Iterable[str]) -> None:
         """Loads that are over, well or not."""
         for request_id in request_ids:
