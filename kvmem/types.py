@@ -16,21 +16,27 @@ class GroupShape(msgspec.Struct, frozen=True):
         block_tokens: tokens of a block.
         reach_tokens: how many tokens before the point where a prompt is resumed the group reads:
             None for full attention (all of them), window - 1 for a sliding window, 1 for a state.
+        chunk_tokens: for attention that reads only its own chunk of so many tokens (Llama 4).
     """
 
     block_tokens: int
     reach_tokens: int | None = None
+    chunk_tokens: int | None = None
 
     @property
     def closed(self) -> bool:
         """Whether a block is of use only with all before it (I2)."""
-        return self.reach_tokens is None
+        return self.reach_tokens is None and self.chunk_tokens is None
+
+    def first_read(self, n_tokens: int) -> int:
+        """The first token that is read by a request that resumes after `n_tokens`."""
+        if self.chunk_tokens is not None:
+            return n_tokens - n_tokens % self.chunk_tokens
+        return max(0, n_tokens - self.reach_tokens) if self.reach_tokens is not None else 0
 
     def first_needed(self, n_tokens: int) -> int:
-        """The first block that is read by a request that resumes after `n_tokens`."""
-        if self.reach_tokens is None:
-            return 0
-        return max(0, n_tokens - self.reach_tokens) // self.block_tokens
+        """The block of that token; the one after the last where nothing is read."""
+        return self.first_read(n_tokens) // self.block_tokens
 
 
 class Namespace(msgspec.Struct, frozen=True, kw_only=True):

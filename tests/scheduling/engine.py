@@ -40,11 +40,13 @@ __all__ = ["MAX_TOKENS", "STOP", "Engine", "InjectedError", "Loads", "make_confi
 LAYERS = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 N_DEVICE = 19  # for each group; one of all is vLLM's null block
 WINDOW = 40
+CHUNK = 3 * BLOCK
 # What an engine's KV-cache groups are, and the tokens of their blocks.
 GROUPS = {
     "full": [("full", BLOCK)],
     "hybrid": [("full", BLOCK), ("window", BLOCK), ("states", BLOCK)],
     "windows": [("window", 2 * BLOCK), ("full", BLOCK)],
+    "chunks": [("chunk", BLOCK), ("full", BLOCK)],
 }
 N_HOST = 20
 MAX_TOKENS = 256
@@ -148,6 +150,10 @@ def _specs(groups: str) -> list[Any]:
             made.append(attention(kv.FullAttentionSpec, tokens))
         elif kind == "window":
             made.append(attention(kv.SlidingWindowSpec, tokens, sliding_window=WINDOW))
+        elif kind == "chunk":
+            made.append(
+                attention(kv.ChunkedLocalAttentionSpec, tokens, attention_chunk_size=CHUNK)
+            )
         else:
             made.append(
                 kv.MambaSpec(

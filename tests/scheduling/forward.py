@@ -262,8 +262,7 @@ class Forward:
 
     def _first_read(self, row: _Row, group: int) -> int:
         """The first position that the step's first token attends to."""
-        reach = self.shapes[group].reach_tokens
-        return 0 if reach is None else max(0, row.start - reach)
+        return self.shapes[group].first_read(row.start)
 
     def _read(self, request_id: str, row: _Row, stop: int) -> None:
         for group, shape in enumerate(self.shapes):

@@ -35,6 +35,13 @@ def windows(request: pytest.FixtureRequest, config: Any, arena_name: str) -> Ite
         yield engine
 
 
+@pytest.fixture(params=BOTH, ids=NAMES)
+def chunks(request: pytest.FixtureRequest, config: Any, arena_name: str) -> Iterator[Engine]:
+    options = {"asynchronous": request.param, "arena": arena_name, "n_host": 90}
+    with running(config, groups="chunks", **options) as engine:
+        yield engine
+
+
 def loaded(engine: Engine, act: Callable[[], Any]) -> dict[int, int]:
     """Blocks that were loaded meanwhile, by group."""
     half, found = engine.worker.worker, {}
@@ -70,6 +77,25 @@ def test_groups_with_blocks_of_two_sizes_resume_where_both_end(windows: Engine) 
     assert found == {0: 1, 1: 2}  # 32 tokens, not 48
     assert windows.turns["r1"].receipt["tokens"]["host"] == 2 * BLOCK
     windows.assert_settled()
+
+
+@pytest.mark.parametrize(("n_blocks", "n_chunk"), [(2, 2), (3, 0), (4, 1), (5, 2)])
+def test_a_chunk_is_loaded_from_its_own_start(chunks: Engine, n_blocks: int, n_chunk: int) -> None:
+    """Three blocks make a chunk."""
+    prompt = other(n_blocks * BLOCK + 5)
+    stored(chunks, prompt)
+    found = loaded(chunks, lambda: chunks.generate(prompt, 40))
+    assert found == {group: n for group, n in ((0, n_chunk), (1, n_blocks)) if n}
+    assert chunks.turns["r1"].receipt["tokens"]["host"] == n_blocks * BLOCK
+    chunks.assert_settled()
+
+
+def test_a_reply_over_several_chunks_is_resumed_at_its_last_block(chunks: Engine) -> None:
+    turn = stored(chunks, PROMPT, 120)
+    whole = (len(PROMPT) + 119) // BLOCK
+    following = chunks.generate([*PROMPT, *turn.tokens, 3], 20)
+    assert following.receipt["tokens"]["host"] == whole * BLOCK
+    chunks.assert_settled()
 
 
 def test_the_reply_is_resumed_at_its_last_block(hybrid: Engine) -> None:

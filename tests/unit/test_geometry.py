@@ -60,6 +60,14 @@ def test_every_group_needs_what_its_layers_read() -> None:
     assert [g.shape.first_needed(256) for g in found.groups] == [0, 4, 3]
 
 
+def test_chunks_are_read_from_their_own_first_token_on() -> None:
+    chunks = attention("ChunkedLocalAttentionSpec", attention_chunk_size=80)
+    shape = geometry(attention(), chunks, hash_tokens=32).groups[1].shape
+    assert not shape.closed
+    # the chunks begin at 0, 80, 160, 240, in blocks 0, 2, 5, 7; after 160 nothing is read
+    assert [shape.first_needed(32 * n) for n in (1, 2, 3, 5, 6, 8)] == [0, 0, 2, 5, 5, 7]
+
+
 def test_the_slot_holds_the_largest_groups_block_and_padding_is_not_copied() -> None:
     padded = states(page_size_padded=4096)
     found = geometry(attention(), padded, hash_tokens=32)
@@ -75,7 +83,7 @@ def test_windows_that_the_engine_keeps_in_full_are_full_attention() -> None:
 @pytest.mark.parametrize(
     ("specs", "words"),
     [
-        (lambda: [attention("ChunkedLocalAttentionSpec", attention_chunk_size=64)], "ChunkedLocal"),
+        (lambda: [attention("CrossAttentionSpec")], "CrossAttentionSpec"),
         (lambda: [attention(), states("none")], "prefix caching"),
         (lambda: [attention(), states(num_speculative_blocks=2)], "speculative"),
         (lambda: [attention() for _ in range(65)], "65 KV-cache groups"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Geometry", "Group", "geometry_of"]
 
 MAX_GROUPS = 64
-_MODELS = "Use a model whose layers are full attention, sliding windows or states."
+_MODELS = "Use a model whose layers are full attention, sliding windows, chunks or states."
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -113,20 +113,21 @@ def _group_of(group: KVCacheGroupSpec) -> Group:
         refuse("KV that the engine keeps on the host itself", "Leave out --hisparse.")
     if getattr(group, "is_eagle_group", False):
         refuse("a draft model with KV of its own", "Leave out --speculative-config.")
-    reaches = {_reach_of(spec) for spec in specs}
-    if len(reaches) > 1:
+    shapes = {_shape_of(spec, whole.block_size) for spec in specs}
+    if len(shapes) > 1:
         refuse("layers of several kinds in one KV-cache group", _MODELS)
     return Group(
-        shape=GroupShape(whole.block_size, *reaches),
+        shape=shapes.pop(),
         layers=layers,
         pages=tuple(_real_bytes(spec) for spec in specs),
         from_offers=getattr(specs[0], "mamba_cache_mode", None) == "align",
     )
 
 
-def _reach_of(spec: KVCacheSpec) -> int | None:
-    """See `GroupShape.reach_tokens`. Kinds that nobody has tried are refused, subclasses too."""
+def _shape_of(spec: KVCacheSpec, block_tokens: int) -> GroupShape:
+    """What resuming needs of a layer. Kinds that nobody has tried are refused, subclasses too."""
     from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
         FullAttentionSpec,
         MambaSpec,
         MLAAttentionSpec,
@@ -135,9 +136,12 @@ def _reach_of(spec: KVCacheSpec) -> int | None:
 
     # Told that there is no hybrid manager, vLLM keeps windows in full, as full attention.
     if type(spec) in (FullAttentionSpec, MLAAttentionSpec):
-        return None
+        return GroupShape(block_tokens)
     if type(spec) is SlidingWindowSpec:
-        return spec.sliding_window - 1 + getattr(spec, "extra_retained_tokens", 0)
+        more = getattr(spec, "extra_retained_tokens", 0)
+        return GroupShape(block_tokens, spec.sliding_window - 1 + more)
+    if type(spec) is ChunkedLocalAttentionSpec:
+        return GroupShape(block_tokens, chunk_tokens=spec.attention_chunk_size)
     if type(spec) is MambaSpec:
         if spec.mamba_cache_mode == "none":
             refuse(
@@ -145,7 +149,7 @@ def _reach_of(spec: KVCacheSpec) -> int | None:
             )
         if spec.num_speculative_blocks:
             refuse("speculative decoding with states", "Leave out --speculative-config.")
-        return 1
+        return GroupShape(block_tokens, 1)
     return refuse(f"{type(spec).__name__} KV", _MODELS)
 
 
