@@ -151,9 +151,7 @@ def _specs(groups: str) -> list[Any]:
         elif kind == "window":
             made.append(attention(kv.SlidingWindowSpec, tokens, sliding_window=WINDOW))
         elif kind == "chunk":
-            made.append(
-                attention(kv.ChunkedLocalAttentionSpec, tokens, attention_chunk_size=CHUNK)
-            )
+            made.append(attention(kv.ChunkedLocalAttentionSpec, tokens, attention_chunk_size=CHUNK))
         else:
             made.append(
                 kv.MambaSpec(
