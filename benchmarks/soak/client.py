@@ -37,7 +37,11 @@ class Client:
             base_url=url,
             transport=transport,
             timeout=_STUCK_S,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            # vLLM closes a connection that was idle for 5 s, and httpx keeps one for as long: a
+            # request that takes it at that moment would fail.
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=32, keepalive_expiry=2.0
+            ),
         )
 
     async def __aenter__(self) -> Self:
