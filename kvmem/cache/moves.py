@@ -364,7 +364,12 @@ class Moves:
 
     def stats(self) -> dict[str, Any]:
         """Counts of the disk's records and of the moves."""
-        return {**self.disk.stats(), **self.totals, "on": self._mover.on}
+        return {
+            **self.disk.stats(),
+            **self.totals,
+            "on": self._mover.on,
+            "under_way": self.n_under_way,
+        }
 
     def _tell_evictions(self) -> None:
         evictions = int(self.disk.stats()["evictions"])
