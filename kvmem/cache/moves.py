@@ -18,50 +18,17 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import msgspec
 import numpy as np
 
 from kvmem import events
 from kvmem._core import HostTier
-from kvmem.types import GroupShape
+from kvmem.types import NO_PARENT, GroupShape, Move, Moved, Recovered
 
-__all__ = ["Move", "Moved", "Mover", "Moves", "Promotion"]
+__all__ = ["Mover", "Moves", "Promotion"]
 
 Keys = list[Any]
-NO_PARENT = bytes(32)
 # How long a request waits for the disk before it is answered with what the host has.
 PATIENCE_S = 5.0
-
-
-class Move(msgspec.Struct, frozen=True):
-    """One block's way between slot and record; `parent` and `depth` for the way down."""
-
-    ticket: int
-    group: int
-    key: bytes
-    slot: int
-    slot_generation: int
-    record: int
-    record_generation: int
-    parent: bytes = NO_PARENT
-    depth: int = 0
-
-
-class Moved(msgspec.Struct, frozen=True):
-    """What became of a move.
-
-    `checksum` is what the receiving tier publishes the block with. `fault` is empty where all went
-    well; "record" where the disk's block is not what it should be, "source" where the host's slot
-    was not, "io" where the disk failed.
-    """
-
-    ticket: int
-    fault: str
-    checksum: int = 0
-    bytes: int = 0
-    queued_s: float = 0.0
-    io_s: float = 0.0
-    check_s: float = 0.0
 
 
 class Mover(Protocol):
@@ -74,6 +41,9 @@ class Mover(Protocol):
     @property
     def on(self) -> bool:
         """Whether the disk can be used now."""
+
+    def recovered(self) -> Recovered | None:
+        """What an earlier run left there, told once; None for nothing."""
 
     def write(self, move: Move) -> bool:
         """Begins a copy to the disk; False where the queue is full."""
@@ -155,6 +125,19 @@ class Moves:
             "refused": 0, "queued_s": 0.0, "io_s": 0.0, "check_s": 0.0,
         }  # fmt: skip
         self._evictions_told = 0
+        self.totals["restored"] = self._restore()
+
+    def _restore(self) -> int:
+        """Blocks of an earlier run that answer again; those without their parents don't (I2)."""
+        found = self._mover.recovered()
+        if found is None:
+            return 0
+        lost = self.disk.restore(
+            found.records, found.generations, found.checksums, found.keys, found.parents
+        )
+        for at in lost.tolist():
+            self._mover.drop(int(found.records[at]))
+        return len(found.records) - len(lost)
 
     # -- what is there -----------------------------------------------------------------------
 

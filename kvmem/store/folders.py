@@ -24,11 +24,12 @@ import msgspec
 
 from kvmem.errors import ConfigError
 
-__all__ = ["LOCK", "Folder", "claim", "folders", "trim"]
+__all__ = ["LOCK", "Folder", "claim", "folders", "start_anew", "trim"]
 
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{1,3})")
 _SIDE_BY_SIDE = 100
 LOCK = "lock"
+FILES = ("table.kvd", "data.kvd")
 
 
 class Folder(msgspec.Struct, frozen=True):
@@ -98,6 +99,14 @@ def trim(own: Path, n_bytes: int, *, soon_bytes: int = 0) -> int:
                 used -= folder.n_bytes
                 gone += 1
     return gone
+
+
+def start_anew(own: Path) -> None:
+    """Removes a store's files from a folder that was claimed."""
+    with _locked(own) as held:
+        if held:
+            for name in FILES:
+                (own / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Demotion and promotion: what goes down comes up checked, or not at all, and nobody waits twice."""
+"""Demotion and promotion: what goes down comes up checked, or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from kvmem import events
-from kvmem.cache import Cache, Moved
-from kvmem.cache.moves import PATIENCE_S, Move
-from kvmem.types import GroupShape
+from kvmem.cache import Cache
+from kvmem.cache.moves import PATIENCE_S
+from kvmem.types import GroupShape, Move, Moved
 
 FULL, STATE = GroupShape(16), GroupShape(16, 1)
 N = 6
@@ -36,6 +36,9 @@ class Disk:
         self.faults: dict[bytes, str] = {}
         self.waits = 0
         self._queue = queue
+
+    def recovered(self) -> None:
+        return None
 
     def write(self, move: Move) -> bool:
         return self._begin("write", move)

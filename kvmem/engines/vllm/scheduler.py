@@ -7,6 +7,7 @@ One thread calls it, the engine's scheduler. Nothing is copied here. Per request
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from kvmem.engines.vllm.wire import (
 )
 from kvmem.errors import CapacityError
 from kvmem.store.arena import Arena, sweep
+from kvmem.store.disk import Disk
 from kvmem.store.layout import slots_within
 from kvmem.store.switch import Switch, SwitchReader
 
@@ -72,11 +74,13 @@ class SchedulerHalf:
         self.bus = events.Bus()
         self.reclaimed = sweep()
         self.arena = self._make_arena(vllm_config)
+        self.disk = self._open_disk()
         self.cache = Cache(
             self.arena.header.n_slots,
             self.geometry.shapes,
             eviction=config.eviction,
             bus=self.bus,
+            mover=self.disk,
         )
         model = vllm_config.model_config
         self.page = Page(
@@ -128,6 +132,21 @@ class SchedulerHalf:
             ranks=self.ranks,
             label=str(vllm_config.model_config.model),
         )
+
+    def _open_disk(self) -> Disk | None:
+        if not self.config.disk_bytes:
+            return None
+        try:
+            return Disk(
+                Path(self.config.disk_path).expanduser(),
+                self.config.disk_bytes,
+                self.arena,
+                self.namespace.digest,
+                self.bus,
+            )
+        except BaseException:
+            self.arena.close(unlink=True)
+            raise
 
     def bind(self, device_pool: BlockPool) -> None:
         """The engine's own block pool, to see what a reset left in it."""
@@ -292,7 +311,7 @@ class SchedulerHalf:
         )
 
     def wait_for_disk(self, output: SchedulerOutput) -> None:
-        """In a step without a forward there is nothing else to do than to wait for the disk, and the
+        """In a step without a forward there is nothing else to do than to wait for the disk: the
         engine would ask again at once."""
         idle = not output.total_num_scheduled_tokens and self.cache.waits_for_disk
         self.cache.settle(IDLE_WAIT_S if idle else 0.0)
@@ -481,4 +500,6 @@ class SchedulerHalf:
         try:
             self.write_stats()
         finally:
+            if self.disk is not None:
+                self.disk.close()
             self.arena.close(unlink=True)
