@@ -201,8 +201,7 @@ void RegisterDisk(nb::module_& m) {
            "record"_a, "record_generation"_a, "group"_a, "key"_a, "parent"_a, "depth"_a,
            "Queues a copy of a block to its record, or from it; False where the queue is full.\n"
            "One operation on a record at a time.")
-      .def("drop", &PyDiskStore::Drop, "record"_a,
-           "The record holds nothing any more; 0 or errno.")
+      .def("drop", &PyDiskStore::Drop, "record"_a, "The record holds nothing any more; 0 or errno.")
       .def("clear", &PyDiskStore::Clear, "No record holds anything any more; 0 or errno.")
       .def("poll", &PyDiskStore::Poll,
            nb::sig("def poll(self) -> list[tuple[int, int, int, int, int, float, float, float]]"),

@@ -47,8 +47,8 @@ struct DiskRecord {
   uint32_t share_length;        // bytes of each rank's share
   uint32_t group;
   uint32_t depth;
-  uint32_t codec;  // 0: the bytes as they are
-  uint64_t place;  // the slot; the record's own number
+  uint32_t codec;     // 0: the bytes as they are
+  uint64_t place;     // the slot; the record's own number
   uint64_t checksum;  // XXH3-64 of all before it, exclusive or the record's number
 };
 static_assert(sizeof(DiskRecord) == 128);

@@ -62,7 +62,7 @@ uint64_t SizeOf(int fd) {
 // Opening
 
 DiskStore::DiskStore(const DiskOptions& options, const std::vector<SlotTable>& tables)
-    : options_(options), tables_(tables) {}
+    : options_(options), tables_(tables), fence_(KernelsFor(DetectCpu()).fence) {}
 
 std::unique_ptr<DiskStore> DiskStore::Open(const DiskOptions& options,
                                            const std::vector<SlotTable>& tables,
@@ -77,8 +77,8 @@ std::unique_ptr<DiskStore> DiskStore::Open(const DiskOptions& options,
   const auto failed = [&](const std::string& file) {
     return fail(DiskOpen::kError, options.folder + "/" + file + ": " + std::strerror(errno));
   };
-  store->io_ = options.faults.empty() ? std::make_unique<DiskIo>()
-                                      : FaultyDiskIo(options.faults, error);
+  store->io_ =
+      options.faults.empty() ? std::make_unique<DiskIo>() : FaultyDiskIo(options.faults, error);
   if (!store->io_) return fail(DiskOpen::kError, *error);
 
   DiskHeader& wanted = store->header_;
@@ -88,8 +88,8 @@ std::unique_ptr<DiskStore> DiskStore::Open(const DiskOptions& options,
   wanted.share_bytes = tables[0].slot_bytes();
   wanted.ranks = static_cast<uint32_t>(tables.size());
   wanted.slot_bytes = DiskSlotBytes(wanted.share_bytes, wanted.ranks);
-  wanted.n_records = std::min<uint64_t>(DiskRecordsWithin(options.disk_bytes, wanted.slot_bytes),
-                                        INT32_MAX);
+  wanted.n_records =
+      std::min<uint64_t>(DiskRecordsWithin(options.disk_bytes, wanted.slot_bytes), INT32_MAX);
   std::memcpy(wanted.name_space, name_space, kKeyBytes);
   Seal(&wanted);
   if (wanted.n_records == 0) {
@@ -116,10 +116,9 @@ std::unique_ptr<DiskStore> DiskStore::Open(const DiskOptions& options,
     }
     // Magic, version and byte order keep their places in all versions.
     if (there.version != kDiskVersion || there.byte_order != kDiskByteOrder) {
-      return fail(DiskOpen::kOther, options.folder + "/table.kvd has version " +
-                                        std::to_string(there.version) +
-                                        "; this kvmem reads version " +
-                                        std::to_string(kDiskVersion));
+      return fail(DiskOpen::kOther,
+                  options.folder + "/table.kvd has version " + std::to_string(there.version) +
+                      "; this kvmem reads version " + std::to_string(kDiskVersion));
     }
     if (!IsSound(there)) {
       return fail(DiskOpen::kDamaged, options.folder + "/table.kvd: its header is damaged");
@@ -187,8 +186,7 @@ int DiskStore::Recovered(DiskRecovered* recovered) {
       recovered->checksums.push_back(record.published_checksum);
       recovered->sequences.push_back(record.sequence);
       recovered->keys.insert(recovered->keys.end(), record.key, record.key + kKeyBytes);
-      recovered->parents.insert(recovered->parents.end(), record.parent,
-                                record.parent + kKeyBytes);
+      recovered->parents.insert(recovered->parents.end(), record.parent, record.parent + kKeyBytes);
       newest = std::max(newest, record.sequence);
     }
   }
@@ -218,7 +216,8 @@ void DiskStore::Run() {
       to_do_.wait(lock, [&] { return closing_ || !queue_.empty(); });
       if (queue_.empty()) return;
       // A request waits for a read, nobody for a write.
-      auto next = std::find_if(queue_.begin(), queue_.end(), [](const Queued& q) { return !q.write; });
+      auto next =
+          std::find_if(queue_.begin(), queue_.end(), [](const Queued& q) { return !q.write; });
       if (next == queue_.end()) next = queue_.begin();
       item = *next;
       queue_.erase(next);
@@ -268,7 +267,7 @@ bool DiskStore::TakeFromArena(const DiskMove& move, std::byte* payload, DiskReco
     }
     length = share;
     CopyShared(payload, table.Data(move.slot), length);
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    fence_();  // the bytes are read before the stamp is looked at again
     const uint64_t sum = Xxh3_64(payload, length);
     if (sum != d.checksum.load(std::memory_order_relaxed) ||
         !table.IsComplete(move.slot, move.slot_generation)) {  // D4
@@ -382,9 +381,10 @@ DiskStatus DiskStore::DoRead(const DiskMove& move, std::byte* bounce, DiskMoved*
   for (size_t rank = 0; rank < tables_.size(); ++rank) {  // D3
     const SlotTable& table = tables_[rank];
     if (!table.Claim(move.slot, move.slot_generation)) return DiskStatus::kSource;
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    // A2, I4: kWriting is seen before any byte, every byte before kComplete.
+    fence_();
     std::memcpy(table.Data(move.slot), payload + rank * header.share_length, header.share_length);
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    fence_();
     const Identity identity = {move.group, header.share_length,
                                reinterpret_cast<const std::byte*>(move.key)};
     if (!table.Complete(move.slot, move.slot_generation, identity, sums[rank])) {

@@ -139,6 +139,7 @@ class DiskStore {
   // Immutable once open.
   const DiskOptions options_;
   const std::vector<SlotTable> tables_;
+  void (*const fence_)();  // the copier's, which orders what memcpy may write past the caches
   std::unique_ptr<DiskIo> io_;
   DiskHeader header_ = {};
   int lock_fd_ = -1, table_fd_ = -1, data_fd_ = -1;
