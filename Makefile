@@ -28,6 +28,9 @@ else
 READY :=
 endif
 
+# Where it is set, every start of an engine compiles the sources of vLLM and torch anew: 25 s each.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The engine's lock names the CPU build of torch. It comes from a folder of wheels where pip has
 # been given one, else from PyTorch's CPU index.
 ifdef PIP_FIND_LINKS
@@ -201,10 +204,11 @@ format: $(READY)  ## put every file into the project's style
 	$(dir $(PY))clang-format -i $(CC_FILES)
 
 .PHONY: golden
-golden: native  ## write anew what tests compare with: names, native stub, settings table, README blocks
+golden: native  ## write anew what tests compare with: names, native stub, tables of settings and models, README blocks
 	$(PY) -m nanobind.stubgen -q -m kvmem._core -o kvmem/_core.pyi
 	$(PY) -m tests.typing.public_names
 	$(PY) -m tests.docs.settings_table
+	$(PY) -m tests.docs.models_table
 	$(PY) -m tests.docs.blocks
 
 .PHONY: clean

@@ -16,7 +16,17 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["Cell", "Outcome", "Setup", "Verdict", "WrongError", "chosen", "is_refusal", "summary"]
+__all__ = [
+    "Cell",
+    "EngineError",
+    "Outcome",
+    "Setup",
+    "Verdict",
+    "WrongError",
+    "chosen",
+    "is_refusal",
+    "summary",
+]
 
 Verdict = Literal["right", "refused", "wrong", "not run"]
 Kind = Literal["llm", "async", "server", "flags"]
@@ -24,6 +34,10 @@ Kind = Literal["llm", "async", "server", "flags"]
 
 class WrongError(AssertionError):
     """An answer that differs from the oracle's, blocks that did not move, or something left."""
+
+
+class EngineError(Exception):
+    """What vLLM does wrong by itself, seen without kvmem: the cell can prove nothing."""
 
 
 class Setup(msgspec.Struct, frozen=True):

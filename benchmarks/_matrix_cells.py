@@ -22,6 +22,7 @@ from benchmarks._matrix_judge import (
     agree,
     expect,
     from_host,
+    itself,
     same,
 )
 
@@ -103,6 +104,11 @@ def many(engine: Engine) -> str:
     engine.forget_device()
     together = engine.ask(prompts, 12)
     expect(sum(t.host for t in together) > 0, "nothing came from the host tier")
+    if engine.setup.exact_dtype:
+        engine.forget_device()
+        without = engine.ask(prompts, 12, kvmem=NO_KVMEM)
+        for turn, oracle in zip(without, alone, strict=True):
+            itself(turn, oracle, "one of many and alone", within=10 * SHAPES)
     for turn, oracle in zip(together, alone, strict=True):
         _in_a_batch(engine, turn, oracle)
     return f"from host {sum(t.host for t in together)} of {sum(map(len, prompts))}"

@@ -11,7 +11,7 @@ and the engine say to each other are lines of JSON.
     {"op": "make", "models": [..], "folder": ..}            -> {"made": ..}
     {"op": "start", "setup": .., "kvmem": .., "broken": ..} -> {"started": ..} | {"refused": ..}
                                                                | {"failed": ..}
-    {"op": "run", "scenario": ..} -> {"right": ..} | {"wrong": ..} | {"failed": ..}
+    {"op": "run", "scenario": ..} -> {"right": ..} | {"wrong": ..} | {"failed": ..} | {"alone": ..}
     {"op": "close"}               -> {"closed": ..}
                                      {"died": ..} when the engine's process did
 """
@@ -32,12 +32,21 @@ from typing import Any, Self
 
 import msgspec
 
-from benchmarks._matrix import Cell, Outcome, Setup, Verdict, WrongError, is_refusal
+from benchmarks._matrix import (
+    Cell,
+    EngineError,
+    Outcome,
+    Setup,
+    Verdict,
+    WrongError,
+    is_refusal,
+)
 from benchmarks._process import Child, ChildError
 from kvmem.engines.vllm import refusal
 
 __all__ = ["ENVIRON", "Host"]
 
+_ALONE = "vLLM alone: "
 _ANSWER_S = 900.0  # of a machine that does other things too
 _CORES = sorted(os.sched_getaffinity(0))
 ENVIRON = {
@@ -113,31 +122,26 @@ class Host:
             answer = self._tell({"op": "run", "scenario": scenario})
             ((what, detail),) = answer.items()
             verdict = what if what in ("right", "wrong") else "not run"
+            if what == "alone":
+                detail = f"{_ALONE}{detail}"
             seconds = time.monotonic() - begin
             found.append(Outcome(Cell(setup, scenario).name, verdict, detail, seconds))
             if what == "died":
                 return found
-            if what != "right":
+            if what not in ("right", "alone"):
                 break
         self._tell({"op": "close"})
         return found
 
     def _blame(self, setup: Setup, found: list[Outcome]) -> list[Outcome]:
         """Cells that ended in an error are wrong, unless vLLM alone ends in one too."""
-        if all(outcome.verdict != "not run" for outcome in found):
+        if not any(_unexplained(outcome) for outcome in found):
             return found
         alone = self._control(setup)
-        if alone is not None:
-            return [
-                msgspec.structs.replace(o, detail=f"vLLM alone: {alone}")
-                if o.verdict == "not run"
-                else o
-                for o in found
-            ]
-        return [
-            msgspec.structs.replace(o, verdict="wrong") if o.verdict == "not run" else o
-            for o in found
-        ]
+        change: dict[str, Any] = (
+            {"verdict": "wrong"} if alone is None else {"detail": f"{_ALONE}{alone}"}
+        )
+        return [msgspec.structs.replace(o, **change) if _unexplained(o) else o for o in found]
 
     def _control(self, setup: Setup) -> str | None:
         """What fails without kvmem; None if nothing does."""
@@ -174,6 +178,10 @@ class Host:
         if not line:
             self._child.fail()
         return msgspec.json.decode(line, type=dict[str, str])
+
+
+def _unexplained(outcome: Outcome) -> bool:
+    return outcome.verdict == "not run" and not outcome.detail.startswith(_ALONE)
 
 
 # -- the process that forks ------------------------------------------------------------------------
@@ -272,6 +280,8 @@ def _outcome(engine: Any, scenario: str) -> dict[str, str]:
         if scenario != "control":
             engine.check()
         return {"right": detail}
+    except EngineError as error:
+        return {"alone": str(error)}
     except WrongError as error:
         traceback.print_exc()
         return {"wrong": str(error)}

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks._matrix import WrongError
+from benchmarks._matrix import EngineError, WrongError
 from benchmarks._matrix_engine import Engine, Turn
 
-__all__ = ["NO_KVMEM", "ROUNDING", "SHAPES", "Twice", "agree", "expect", "from_host", "same"]
+__all__ = [
+    "NO_KVMEM",
+    "ROUNDING",
+    "SHAPES",
+    "Twice",
+    "agree",
+    "expect",
+    "from_host",
+    "itself",
+    "same",
+]
 
 ROUNDING = 1e-5  # of logprobs between runs of the same shapes
 SHAPES = 1e-4  # between a whole prefill and a hit, in float32
@@ -32,6 +42,18 @@ def agree(turn: Turn, oracle: Turn, what: str, *, within: float = SHAPES) -> Non
     far = [d for d in apart if not d <= within]  # also where one is no number
     if far:
         raise WrongError(f"{what}: logprobs differ by {max(far):.2g}")
+
+
+def itself(turn: Turn, oracle: Turn, what: str, *, within: float = SHAPES) -> None:
+    """Two answers of vLLM's without kvmem; if they differ, that is not kvmem's.
+
+    Raises:
+        EngineError: they differ.
+    """
+    try:
+        agree(turn, oracle, what, within=within)
+    except WrongError as error:
+        raise EngineError(str(error)) from error
 
 
 def expect(held: bool, what: str) -> None:

@@ -22,7 +22,7 @@ from benchmarks._matrix_engine import BLOCK, Turn, options_of
 from benchmarks._matrix_host import ENVIRON
 from benchmarks._matrix_judge import agree, expect, from_host
 from kvmem.demo.server import Server, ServerFailed
-from kvmem.engines.vllm import launch
+from kvmem.engines.vllm import interface, launch
 
 __all__ = ["SCENARIOS", "run"]
 
@@ -81,10 +81,10 @@ def _command(setup: Setup, folder: Path) -> list[str]:
 
 
 def _environ(setup: Setup, folder: Path) -> dict[str, str]:
-    metadata = folder / "metadata" / f"vllm-{launch.installed_version()}+cpu.dist-info"
+    metadata = folder / "metadata" / f"vllm-{interface.installed_version()}+cpu.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
     (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {launch.installed_version()}+cpu\n"
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {interface.installed_version()}+cpu\n"
     )
     here = str(Path(__file__).resolve().parent.parent)
     return {

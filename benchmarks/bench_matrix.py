@@ -1,6 +1,6 @@
 """Is kvmem right in every cell of what vLLM does: models, options, features?
 
-    python -m benchmarks.matrix [--short] [--only NAME ...] [--list] [--break]
+    python -m benchmarks.bench_matrix [--short] [--only NAME ...] [--list] [--break]
 
 A cell asks a tiny random model for prompts, empties the device's prefix cache, asks again so that
 the KV must come from kvmem's host tier, and compares token by token, and logprobs to five decimals,
@@ -10,7 +10,7 @@ computed whole. It shows that blocks were moved, or it proves nothing. A cell co
     right     the answers are the oracle's, from blocks that kvmem moved
     refused   kvmem said no at start, and why
     wrong     anything else
-    not run   vLLM cannot on this machine, without kvmem either; not counted
+    not run   vLLM cannot on this machine, or contradicts itself, without kvmem too; not counted
 
 `--only` takes a cell, a setup, or the beginning of one ("gemma3", "llama/hit"). `--break` lets
 kvmem load zeros in place of what it stored: a cell that is right then would see nothing.

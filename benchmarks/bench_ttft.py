@@ -280,7 +280,8 @@ def _native_dtype() -> str:
 def _plan(args: argparse.Namespace) -> Plan:
     if args.short:
         return Plan(lengths=_SHORT_LENGTHS, rounds=args.rounds or 2, hits=1)
-    return Plan(lengths=_LENGTHS, rounds=args.rounds or 9, hits=2)
+    lengths = tuple(args.tokens) if args.tokens else _LENGTHS
+    return Plan(lengths=lengths, rounds=args.rounds or 9, hits=2)
 
 
 def main() -> None:
@@ -291,6 +292,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=_native_dtype())
     parser.add_argument("--rounds", type=int, help="of every arm at each length (9)")
+    parser.add_argument("--tokens", type=int, action="append", help="only prompts of so many")
     parser.add_argument("--lmcache-python", type=Path, help="a Python with LMCache and vLLM")
     parser.add_argument("--no-lmcache", action="store_true", help="leave LMCache out")
     args = parser.parse_args()

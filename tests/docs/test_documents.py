@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs import blocks, settings_table
+from tests.docs import blocks, models_table, settings_table
 
 ROOT = blocks.ROOT
 MADE = {"kvmem/_core.abi3.so"}  # by `make setup`, so not in the repository
@@ -82,6 +82,11 @@ def test_paths_are_seen_where_they_are_claims(text: str, found: set[str]) -> Non
 def test_settings_table_is_what_the_code_describes() -> None:
     page = settings_table.PAGE.read_text()
     assert settings_table.in_page(page) == settings_table.table(), "`make golden` writes it anew"
+
+
+def test_models_table_is_what_the_engine_matrix_expects() -> None:
+    page = models_table.PAGE.read_text()
+    assert models_table.in_page(page) == models_table.table(), "`make golden` writes it anew"
 
 
 def test_every_invariant_cited_in_the_code_is_in_the_document() -> None:

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 
 from benchmarks import _matrix_async, _matrix_cells, _matrix_servers, _models
-from benchmarks._matrix import Outcome, Setup, WrongError, chosen, is_refusal, summary
+from benchmarks._matrix import (
+    EngineError,
+    Outcome,
+    Setup,
+    WrongError,
+    chosen,
+    is_refusal,
+    summary,
+)
 from benchmarks._matrix_engine import Turn
-from benchmarks._matrix_judge import agree, from_host, same
+from benchmarks._matrix_judge import agree, from_host, itself, same
 from benchmarks._matrix_setups import MODELS, SETUPS, SHORT
 from kvmem.engines.vllm import support
 from kvmem.errors import ConfigError, UnsupportedEngine
@@ -45,6 +53,12 @@ def test_an_answer_that_moved_nothing_is_wrong() -> None:
     from_host(turn(report={"tokens": {"host": 32}}))
     with pytest.raises(WrongError, match="nothing came from the host tier"):
         from_host(turn(report={"tokens": {"host": 0}}))
+
+
+def test_an_engine_that_contradicts_itself_is_not_held_against_kvmem() -> None:
+    itself(turn(), turn(), "a batch")
+    with pytest.raises(EngineError, match="a batch: token 1 of 3 differs"):
+        itself(turn(tokens=[5, 9, 7]), turn(), "a batch")
 
 
 def test_a_refusal_is_told_from_other_failures() -> None:
