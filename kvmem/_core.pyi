@@ -1,5 +1,5 @@
 """
-kvmem's native core: hashes, the prefix index with its pool, and block copy.
+kvmem's native core: hashes, the prefix index with its pool, block copy and disk.
 """
 
 from collections.abc import Sequence
@@ -182,6 +182,16 @@ class HostTier:
         The bytes must be complete. A block that can't be published any more (cleared, quarantined, or its parent is not published) gives its slot back.
         """
 
+    def restore(self, slots: numpy.typing.NDArray[numpy.int32], generations: numpy.typing.NDArray[numpy.uint64], checksums: numpy.typing.NDArray[numpy.uint64], keys: numpy.typing.NDArray[numpy.uint8], parents: numpy.typing.NDArray[numpy.uint8]) -> numpy.typing.NDArray[numpy.int64]:
+        """
+        Publishes what an earlier run had, in its slots and generations.
+
+        `keys` and `parents` are [n*32]; a parent of zeros is none. Answers the indices of blocks that could not be: their parent is not among them, or slot or key is another's. Only before anything was reserved. O(n).
+
+        Raises:
+            ValueError: arrays of different lengths.
+        """
+
     def abandon(self, slots: numpy.typing.NDArray[numpy.int32], generations: numpy.typing.NDArray[numpy.uint64]) -> int:
         """
         Gives reserved slots back, and says how many.
@@ -283,3 +293,64 @@ class SlotCopier:
 
     @property
     def slot_bytes(self) -> int: ...
+
+class DiskStore:
+    """
+    Moves blocks between an arena's slots and numbered records of a folder, and checks them.
+
+    Any thread may call. Keeps the arena's buffer alive until it goes.
+    """
+
+    def __init__(self, folder: str, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], disk_bytes: int, namespace: bytes, threads: int = 2, queue: int = 256, faults: str = '') -> None:
+        """
+        The folder is there and private. `faults` is for tests: csrc/disk/disk_io.h.
+
+        Raises:
+            OSError: args are what and a sentence; what is busy (another has it open), other
+                (another version, model or size), damaged, no_room or error.
+            ValueError: the arena is none, or an argument is out of range.
+        """
+
+    def begin(self, write: bool, ticket: int, slot: int, slot_generation: int, record: int, record_generation: int, group: int, key: bytes, parent: bytes, depth: int) -> bool:
+        """
+        Queues a copy of a block to its record, or from it; False where the queue is full.
+        One operation on a record at a time.
+        """
+
+    def drop(self, record: int) -> int:
+        """The record holds nothing any more; 0 or errno."""
+
+    def clear(self) -> int:
+        """No record holds anything any more; 0 or errno."""
+
+    def poll(self) -> list[tuple[int, int, int, int, int, float, float, float]]:
+        """
+        Operations that are over: (ticket, status, errno, checksum, bytes, queued_s, io_s,
+        check_s). Status 0 ok, 1 the slot is not that block, 2 the record is not, 3 the disk
+        failed. `checksum` is what the receiving index publishes the block with.
+        """
+
+    def wait(self, seconds: float) -> None:
+        """Until an operation is over that was not told yet, or so long."""
+
+    def flush(self) -> int:
+        """What is written survives a power cut; 0 or errno."""
+
+    def recovered(self) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint8], numpy.typing.NDArray[numpy.uint8]]:
+        """
+        What was there at the start: records, generations, checksums, sequences, keys [n*32],
+        parents [n*32], of the records that are sound.
+        """
+
+    def close(self) -> None:
+        """Ends what is queued; the store can't be used any more."""
+
+    @property
+    def n_records(self) -> int: ...
+
+    @property
+    def slot_bytes(self) -> int: ...
+
+    @property
+    def direct(self) -> bool:
+        """Whether the page cache is passed by."""

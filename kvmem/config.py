@@ -24,6 +24,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a user may set; see `describe()` for units, reasons and costs."""
 
     host_gb: Annotated[float, Meta(gt=0.0, le=1048576.0)] = 4.0
+    disk_gb: Annotated[float, Meta(ge=0.0, le=1048576.0)] = 0.0
+    disk_path: Annotated[str, Meta(min_length=1)] = "~/.cache/kvmem/blocks"
     arena: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] | None = None
     eviction: Literal["s3fifo", "lru"] = "s3fifo"
     load: bool = True
@@ -65,6 +67,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The host tier's budget in bytes (1 GB here is 2**30 bytes)."""
         return int(self.host_gb * 2**30)
 
+    @property
+    def disk_bytes(self) -> int:
+        """The disk tier's budget in bytes; 0 is no disk tier."""
+        return int(self.disk_gb * 2**30)
+
 
 class Setting(msgspec.Struct, frozen=True):
     """One row of the settings table."""
@@ -94,6 +101,18 @@ _document(
     "GiB of shared memory",
     "How much KV the host tier keeps; the one dial that matters.",
     "Reserved in /dev/shm at start, in full.",
+)
+_document(
+    "disk_gb",
+    "GiB of disk, 0 for none",
+    "How much KV is kept on disk, over restarts; blocks are copied there when they are stored.",
+    "Disk space and its bandwidth; nothing of the engine waits for a write.",
+)
+_document(
+    "disk_path",
+    "folder",
+    "Where the disk tier lies: a local, fast disk. Engines of other models may share it.",
+    "What is in it counts towards disk_gb.",
 )
 _document(
     "arena",

@@ -24,6 +24,8 @@ __all__ = [
     "Refused",
     "Stored",
     "Switched",
+    "TierOff",
+    "TierOn",
 ]
 
 log = logging.getLogger("kvmem")
@@ -65,6 +67,7 @@ class Quarantined(Event, frozen=True, kw_only=True, tag="quarantined"):
     key: str
     blocks: int
     reason: str
+    tier: str = "host"
 
 
 class Refused(Event, frozen=True, kw_only=True, tag="refused"):
@@ -87,6 +90,20 @@ class Switched(Event, frozen=True, kw_only=True, tag="switched"):
 
     loads: bool
     stores: bool
+
+
+class TierOff(Event, frozen=True, kw_only=True, tag="tier_off"):
+    """A tier failed and is not used until it works again."""
+
+    tier: str
+    error: str
+
+
+class TierOn(Event, frozen=True, kw_only=True, tag="tier_on"):
+    """A tier that was off works again."""
+
+    tier: str
+    seconds: float
 
 
 class Failure(Event, frozen=True, kw_only=True, tag="failure"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import msgspec
 
@@ -62,3 +63,54 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True):
     def digest(self) -> bytes:
         """32 bytes of SHA-256 over the fields in their order, msgpack-encoded with names."""
         return hashlib.sha256(b"kvmem.namespace\0" + msgspec.msgpack.encode(self)).digest()
+
+
+NO_PARENT = bytes(32)  # of a prompt's first block, and of blocks that stand by themselves
+
+
+class Move(msgspec.Struct, frozen=True):
+    """One block's way between a slot of the host arena and a record of the disk.
+
+    `parent` and `depth` (blocks before it) are for the way down.
+    """
+
+    ticket: int
+    group: int
+    key: bytes
+    slot: int
+    slot_generation: int
+    record: int
+    record_generation: int
+    parent: bytes = NO_PARENT
+    depth: int = 0
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """What became of a move.
+
+    `checksum` is what the receiving tier publishes the block with. `fault` is empty where all went
+    well; "record" where the disk's block is not what it should be, "source" where the host's slot
+    was not, "io" where the disk failed.
+    """
+
+    ticket: int
+    fault: str
+    checksum: int = 0
+    bytes: int = 0
+    queued_s: float = 0.0
+    io_s: float = 0.0
+    check_s: float = 0.0
+
+
+class Recovered(msgspec.Struct, frozen=True):
+    """What a store held when it was opened, least recently written first.
+
+    Numpy arrays of n: `records` int32, `generations` and `checksums` uint64; `keys` and `parents`
+    uint8 [n * 32].
+    """
+
+    records: Any
+    generations: Any
+    checksums: Any
+    keys: Any
+    parents: Any

@@ -10,5 +10,6 @@ void RegisterHash(nanobind::module_& m);
 void RegisterCursor(nanobind::module_& m);
 void RegisterIndex(nanobind::module_& m);
 void RegisterCopy(nanobind::module_& m);
+void RegisterDisk(nanobind::module_& m);
 
 }  // namespace kvmem::bind

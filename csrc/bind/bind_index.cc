@@ -139,6 +139,24 @@ size_t Publish(HostTier& tier, Vector<int32_t> slots, Vector<uint64_t> generatio
   return tier.Publish(slots.data(), generations.data(), checksums.data(), slots.size());
 }
 
+nb::object Restore(HostTier& tier, Vector<int32_t> slots, Vector<uint64_t> generations,
+                   Vector<uint64_t> checksums, Vector<uint8_t> keys, Vector<uint8_t> parents) {
+  const size_t n = slots.size();
+  CheckSameSize(n, "generations", generations.size());
+  CheckSameSize(n, "checksums", checksums.size());
+  CheckSameSize(n * kKeyBytes, "keys", keys.size());
+  CheckSameSize(n * kKeyBytes, "parents", parents.size());
+  HostTier::Recovered blocks;
+  blocks.n = n;
+  blocks.slots = slots.data();
+  blocks.generations = generations.data();
+  blocks.checksums = checksums.data();
+  blocks.keys = keys.data();
+  blocks.parents = parents.data();
+  const std::vector<size_t> gone = tier.Restore(blocks);
+  return ToNumpy(std::vector<int64_t>(gone.begin(), gone.end()));
+}
+
 size_t Abandon(HostTier& tier, Vector<int32_t> slots, Vector<uint64_t> generations) {
   CheckSameSize(slots.size(), "generations", generations.size());
   return tier.Abandon(slots.data(), generations.data(), slots.size());
@@ -202,6 +220,8 @@ nb::dict StatsOf(const HostTier& tier) {
 #define KEYS "keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8]"
 #define INT32 "numpy.typing.NDArray[numpy.int32]"
 #define UINT64 "numpy.typing.NDArray[numpy.uint64]"
+#define UINT8 "numpy.typing.NDArray[numpy.uint8]"
+#define INT64 "numpy.typing.NDArray[numpy.int64]"
 
 void RegisterIndex(nb::module_& m) {
   using nb::arg;
@@ -272,6 +292,15 @@ void RegisterIndex(nb::module_& m) {
            "The bytes must be complete. A block that can't be published any "
            "more (cleared, "
            "quarantined, or its parent is not published) gives its slot back.")
+      .def("restore", &Restore, arg("slots").noconvert(), arg("generations").noconvert(),
+           arg("checksums").noconvert(), arg("keys").noconvert(), arg("parents").noconvert(),
+           nb::sig("def restore(self, slots: " INT32 ", generations: " UINT64 ", checksums: " UINT64
+                   ", keys: " UINT8 ", parents: " UINT8 ") -> " INT64),
+           "Publishes what an earlier run had, in its slots and generations.\n\n"
+           "`keys` and `parents` are [n*32]; a parent of zeros is none. Answers the indices of "
+           "blocks that could not be: their parent is not among them, or slot or key is another's. "
+           "Only before anything was reserved. O(n).\n\n"
+           "Raises:\n    ValueError: arrays of different lengths.")
       .def("abandon", &Abandon, arg("slots").noconvert(), arg("generations").noconvert(),
            nb::sig("def abandon(self, slots: " INT32 ", generations: " UINT64 ") -> int"),
            "Gives reserved slots back, and says how many.\n\n"

@@ -82,6 +82,12 @@ void PrefixIndex::Add(SlotId slot, const Key& key, SlotId parent) {
   Insert(slot, Fingerprint(key));
 }
 
+void PrefixIndex::SetGeneration(SlotId slot, uint64_t generation) {
+  nodes_[slot].tag.store(
+      generation << tag::kGenerationShift | static_cast<uint64_t>(BlockState::kFree),
+      std::memory_order_relaxed);
+}
+
 void PrefixIndex::Publish(SlotId slot, uint64_t checksum, uint8_t tiers) {
   nodes_[slot].checksum = checksum;
   SetState(slot, BlockState::kPublished, tiers);

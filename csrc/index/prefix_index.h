@@ -74,6 +74,9 @@ class PrefixIndex {
   // kNoSlot, pending or published.
   void Add(SlotId slot, const Key& key, SlotId parent);
 
+  // The next block of a free slot gets the generation after this one. REQUIRES: free.
+  void SetGeneration(SlotId slot, uint64_t generation);
+
   // REQUIRES: pending, and its parent published or absent.
   void Publish(SlotId slot, uint64_t checksum, uint8_t tiers);
 

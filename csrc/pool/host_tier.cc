@@ -6,6 +6,8 @@ namespace kvmem {
 namespace {
 
 constexpr size_t kLeastGone = 1024;
+// A generation has 48 bits in the index; what a store claims beyond that is no generation.
+constexpr uint64_t kMaxRestored = uint64_t{1} << 47;
 
 uint32_t MarkOf(Fate fate) { return static_cast<uint32_t>(fate); }
 
@@ -108,6 +110,74 @@ bool HostTier::Release(uint64_t lease) {
 void HostTier::DropLease(SlotId slot) {
   index_.DropLease(slot);
   n_leased_ -= index_.leases(slot) == 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// An earlier run's blocks
+
+std::vector<size_t> HostTier::Restore(const Recovered& blocks) {
+  enum : uint8_t { kUnseen, kOnPath, kHere, kLost };
+  const Key none = {};
+  struct KeyHash {
+    size_t operator()(const Key& key) const { return static_cast<size_t>(Mix(key)); }
+  };
+  std::unordered_map<Key, size_t, KeyHash> by_key;
+  by_key.reserve(blocks.n);
+  std::vector<uint8_t> place(blocks.n, kUnseen);
+  const auto key = [&](size_t i) { return LoadKey(blocks.keys + i * kKeyBytes); };
+  const auto parent = [&](size_t i) { return LoadKey(blocks.parents + i * kKeyBytes); };
+  for (size_t i = 0; i < blocks.n; ++i) {
+    if (!by_key.emplace(key(i), i).second) place[i] = kLost;
+  }
+  std::vector<size_t> path;
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < blocks.n; ++i) {
+    // Up to the first block that is decided, then down again: parents first (I2).
+    bool lost = false;
+    size_t at = i;
+    while (place[at] == kUnseen) {
+      place[at] = kOnPath;
+      path.push_back(at);
+      if (parent(at) == none) break;
+      const auto above = by_key.find(parent(at));
+      lost = above == by_key.end();
+      if (lost) break;
+      at = above->second;
+      lost = place[at] == kLost || place[at] == kOnPath;
+      if (lost || place[at] == kHere) break;
+    }
+    for (; !path.empty(); path.pop_back()) {
+      lost = lost || !RestoreOne(blocks, path.back());
+      place[path.back()] = lost ? kLost : kHere;
+    }
+  }
+  std::vector<size_t> gone;
+  for (size_t i = 0; i < blocks.n; ++i) {
+    if (place[i] == kLost) gone.push_back(i);
+  }
+  return gone;
+}
+
+bool HostTier::RestoreOne(const Recovered& blocks, size_t i) {
+  const int32_t at = blocks.slots[i];
+  if (at < 0 || static_cast<uint32_t>(at) >= index_.n_slots()) return false;
+  const SlotId slot = static_cast<SlotId>(at);
+  const Key key = LoadKey(blocks.keys + i * kKeyBytes);
+  const Key above = LoadKey(blocks.parents + i * kKeyBytes);
+  const SlotId parent = above == Key{} ? kNoSlot : index_.Find(above);
+  const bool closed = above == Key{} || parent != kNoSlot;
+  if (!closed || index_.state(slot) != BlockState::kFree || index_.Find(key) != kNoSlot ||
+      blocks.generations[i] == 0 || blocks.generations[i] >= kMaxRestored) {
+    return false;
+  }
+  links_.Remove(&free_, slot);
+  index_.SetGeneration(slot, blocks.generations[i] - 1);
+  index_.Add(slot, key, parent);
+  index_.Publish(slot, blocks.checksums[i], kTierHost);
+  order_->Admit(slot);
+  ++n_published_;
+  ++inserts_;
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -103,6 +103,22 @@ class HostTier {
 
   bool Release(uint64_t lease);
 
+  // Blocks of an earlier run, as their store found them. REQUIRES: arrays of n, keys and parents of
+  // 32 bytes each; zeros for a parent say that there is none.
+  struct Recovered {
+    size_t n = 0;
+    const int32_t* slots = nullptr;
+    const uint64_t* generations = nullptr;
+    const uint64_t* checksums = nullptr;
+    const unsigned char* keys = nullptr;
+    const unsigned char* parents = nullptr;
+  };
+
+  // Publishes what an earlier run had, in their slots and generations. Returns which could not be:
+  // their parent is not among them (I2), or slot or key is another's. REQUIRES: nothing was
+  // reserved yet. O(n).
+  std::vector<size_t> Restore(const Recovered& blocks);
+
   // Takes slots for the blocks of [start, stop) that are not here, evicting if it must. REQUIRES:
   // start <= stop <= keys.size().
   Reserved Reserve(const KeyList& keys, size_t start, size_t stop);
@@ -147,6 +163,7 @@ class HostTier {
   void Orphan(SlotId slot);
   void DropLease(SlotId slot);
   std::vector<SlotId> Subtree(SlotId root) const;
+  bool RestoreOne(const Recovered& blocks, size_t i);
   void CheckSlots(std::vector<std::string>* faults) const;
   void CheckLeases(std::vector<std::string>* faults) const;
 

@@ -35,6 +35,22 @@ class Host(msgspec.Struct, frozen=True):
     reserved: int = 0
 
 
+class Disk(msgspec.Struct, frozen=True):
+    """The disk tier: records and bytes; `on` is False while the disk fails."""
+
+    records: int
+    used: int
+    bytes: int
+    on: bool
+    written: int = 0
+    read: int = 0
+    bytes_written: int = 0
+    bytes_read: int = 0
+    io_s: float = 0.0
+    faults: int = 0
+    under_way: int = 0
+
+
 class Counters(msgspec.Struct, frozen=True):
     """Since the engine started."""
 
@@ -42,6 +58,7 @@ class Counters(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     tokens_hit_device: int = 0
     tokens_hit_host: int = 0
+    tokens_hit_disk: int = 0
     tokens_computed: int = 0
     blocks_stored: int = 0
     blocks_loaded: int = 0
@@ -66,6 +83,7 @@ class Page(msgspec.Struct, frozen=True):
     updated_s: float
     host: Host
     counters: Counters
+    disk: Disk | None = None
     last_failure: str | None = None
     allowed: Switch = Switch()
     arena: str = ""
@@ -164,6 +182,7 @@ def _table(page: Page, now_s: float) -> Table:
         ("  computed", counters.tokens_computed),
         ("  reused from the device", counters.tokens_hit_device),
         ("  reused from the host", counters.tokens_hit_host),
+        ("  reused from the disk", counters.tokens_hit_disk),
     ):
         drawn.add_row(label, f"{tokens:,}", _share(tokens, prompt))
     drawn.add_section()
@@ -173,6 +192,14 @@ def _table(page: Page, now_s: float) -> Table:
         f"{host.used:,} of {host.slots:,} blocks ({_share(host.used, host.slots)}), "
         f"{host.leased:,} leased, {host.reserved:,} being stored",
     )
+    disk = page.disk
+    if disk is not None:
+        drawn.add_row(
+            "disk tier" if disk.on else "disk tier, OFF: it failed",
+            f"{_size(disk.bytes)}",
+            f"{disk.used:,} of {disk.records:,} blocks ({_share(disk.used, disk.records)}), "
+            f"{disk.written:,} written, {disk.read:,} read, {disk.faults:,} faults",
+        )
     drawn.add_row(
         "stored",
         f"{counters.blocks_stored:,} blocks",

@@ -1,13 +1,15 @@
-"""Where bytes live: the host arena; disk segments and far tiers come later."""
+"""Where bytes live: the host arena and the disk; far tiers come later."""
 
 from __future__ import annotations
 
 from kvmem.store.arena import Arena, LiveArena, list_live, sweep
 from kvmem.store.capacity import check_room
+from kvmem.store.disk import Disk
 from kvmem.store.switch import Switch, read_switch, set_switch
 
 __all__ = [
     "Arena",
+    "Disk",
     "LiveArena",
     "Switch",
     "check_room",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from kvmem._core import SlotCopier
+from kvmem._core import DiskStore, SlotCopier
 from kvmem.errors import ArenaError
 from kvmem.store.arena import Arena
 from kvmem.store.layout import Header, Stats
@@ -73,7 +73,16 @@ def stored(arena: Arena) -> tuple[Arena, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("title", "size"), [("header", 4096), ("descriptor", 128), ("stats", 24), ("switch", 4096)]
+    ("title", "size"),
+    [
+        ("header", 4096),
+        ("descriptor", 128),
+        ("stats", 24),
+        ("switch", 4096),
+        ("diskheader", 4096),
+        ("record", 128),
+        ("slotheader", 128),
+    ],
 )
 def test_the_fields_follow_each_other_without_gaps(title: str, size: int) -> None:
     end = 0
@@ -180,3 +189,56 @@ def test_any_other_version_is_refused_by_both_sides(arena: Arena, version: int) 
         Arena.open(arena.path)
     with pytest.raises(ValueError, match=f"version {version}"):
         SlotCopier(arena.buffer, threads=1)
+
+
+def test_a_real_disk_store_reads_as_the_page_says(
+    stored: tuple[Arena, bytes], tmp_path: Path
+) -> None:
+    """Block 0, of one rank's share of two: the other rank stores the same bytes."""
+    arena, block = stored
+    device = np.frombuffer(block + block, np.uint8).copy()
+    copier = SlotCopier(np.frombuffer(arena.buffer, np.uint8), 1, 0)
+    piece = np.array([2 * PIECE], np.uint64)
+    copier.register_layers(np.array([device.ctypes.data], np.uint64), piece, piece, 1, 5)
+    one, two = np.array([0], np.int32), np.array([2], np.int32)
+    status, _ = copier.store(one, two, np.array([9], np.uint64), KEYS[32:], group=5)
+    assert status.tolist() == [0]
+    store = DiskStore(str(tmp_path), np.frombuffer(arena.buffer, np.uint8), 100_000, SPACE)
+    assert store.begin(True, 1, 2, 9, 3, 4, 5, KEYS[32:], KEYS[:32], 6)
+    store.wait(10)
+    ((_, status_code, _, _, n_bytes, *_),) = store.poll()
+    assert status_code == 0
+    store.close()
+
+    table = (tmp_path / "table.kvd").read_bytes()
+    head = parse("diskheader", table)
+    assert head["magic"] == b"KVMEMDSK"
+    assert (head["version"], head["byte_order"], head["ranks"]) == (1, 0x01020304, 2)
+    assert (head["slot_bytes"], head["share_bytes"]) == (4096, 2 * PIECE)
+    assert head["namespace"] == SPACE
+    assert head["n_records"] == (100_000 - 4096) // (4096 + 128)
+    assert len(table) == 4096 + 128 * int(str(head["n_records"]))
+    assert head["header_checksum"] == xxhash.xxh3_64_intdigest(table[:4088])
+
+    raw = table[4096 + 128 * 3 :][:128]
+    record = parse("record", raw)
+    sums = [xxhash.xxh3_64_intdigest(block)] * 2
+    packed = b"".join(s.to_bytes(8, "little") for s in sums)
+    assert (record["key"], record["parent"]) == (KEYS[32:], KEYS[:32])
+    assert (record["generation"], record["group"], record["depth"]) == (4, 5, 6)
+    assert (record["share_length"], record["codec"], record["place"]) == (len(block), 0, 3)
+    assert record["payload_checksum"] == xxhash.xxh3_64_intdigest(packed)
+    assert record["published_checksum"] == sums[0] ^ sums[1]
+    assert record["record_checksum"] == xxhash.xxh3_64_intdigest(raw[:120]) ^ 3
+    assert table[4096 : 4096 + 128 * 3] == bytes(128 * 3)
+
+    slot = (tmp_path / "data.kvd").read_bytes()[4096 * 3 :][:4096]
+    about = parse("slotheader", slot)
+    assert about["magic"] == b"KVMEMBLK"
+    assert about["namespace"] == SPACE
+    for name in ("generation", "key", "payload_checksum", "share_length", "group", "codec"):
+        assert about[name] == record[name]
+    assert about["slot_checksum"] == xxhash.xxh3_64_intdigest(slot[:120])
+    assert slot[128 : 128 + 2 * len(block)] == block + block
+    assert not any(slot[128 + 2 * len(block) :])
+    assert n_bytes == 4096

@@ -474,9 +474,10 @@ class Engine:
             return
         told = turn.receipt["tokens"]
         assert told["prompt"] == len(turn.prompt)
-        assert told["prompt"] == told["device"] + told["host"] + told["computed"], told
+        here = told["device"] + told["host"] + told["disk"]
+        assert told["prompt"] == here + told["computed"], told
         start = self.forward.first_start[request_id]
-        assert told["device"] + told["host"] == start, (told, start)
+        assert here == start, (told, start)
 
     def _note_contents(self) -> None:
         """What the blocks of all requests stand for."""
@@ -537,7 +538,8 @@ class Engine:
         assert not self.scheduler.requests
         assert self.pool.get_num_free_blocks() == self.n_device - 1
         t = self.half.totals
-        assert t.prompt_tokens == t.tokens_hit_device + t.tokens_hit_host + t.tokens_computed
+        here = t.tokens_hit_device + t.tokens_hit_host + t.tokens_hit_disk
+        assert t.prompt_tokens == here + t.tokens_computed
         if not self.faulted:
             assert t.requests == len(self.turns)
             assert self.half.page.failures == 0, self.half.page.last_failure

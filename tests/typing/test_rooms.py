@@ -69,7 +69,7 @@ def test_engine_library_outside_its_room_is_reported(copied_tree: Path, library:
     assert f"kvmem.store -> {library} " in done.stdout
 
 
-@pytest.mark.parametrize("module", ["cache", "engines.vllm.launch"])
+@pytest.mark.parametrize("module", ["hashing", "engines.vllm.launch"])
 def test_web_framework_outside_its_rooms_is_reported(copied_tree: Path, module: str) -> None:
     path = copied_tree.joinpath("kvmem", *module.split(".")).with_suffix(".py")
     path.write_text(path.read_text() + "\ndef serve() -> None:\n    import starlette\n")

@@ -61,6 +61,18 @@ class Page:
         self.last_failure = f"{where}: {error}"[:FAILURE_CHARS]
         self._due = True
 
+    def _disk(self, below: dict[str, Any] | None) -> dict[str, Any] | None:
+        if below is None:
+            return None
+        same = ("on", "written", "read", "bytes_written", "bytes_read", "io_s", "faults")
+        return {
+            "records": below["n_slots"],
+            "used": below["published"],
+            "bytes": below["published"] * self._block_bytes,
+            "under_way": below["under_way"],
+            **{name: below[name] for name in same},
+        }
+
     def write(self, tier: dict[str, Any]) -> None:
         """Writes the page, at most four times a second but for news.
 
@@ -83,6 +95,7 @@ class Page:
                 "bytes": tier["published"] * self._block_bytes,
                 "slot_bytes": self._block_bytes,
             },
+            "disk": self._disk(tier.get("disk")),
             "counters": {
                 **self.totals.as_dict(),
                 "evictions": tier["evictions"],

@@ -74,10 +74,12 @@ class Receipt:
     prompt: int = 0
     device: int = 0
     host: int = 0
+    disk: int = 0
     computed: int = 0
     blocks_stored: int = 0
     refused: int = 0
     load_ms: float = 0.0
+    disk_ms: float = 0.0
     store_ms: float = 0.0
     miss: str = "new"
     resumed_at: int = 0
@@ -86,9 +88,17 @@ class Receipt:
     _counted: bool = False
 
     def matched(
-        self, request: Request, start: int, stop: int, missing: str, off_by: str | None = None
+        self,
+        request: Request,
+        start: int,
+        stop: int,
+        missing: str,
+        off_by: str | None = None,
+        *,
+        from_disk: int = 0,
     ) -> None:
-        """Notes what the first lookup found: `start` tokens on the device, all up to `stop` here.
+        """Notes what the first lookup found: `start` tokens on the device, all up to `stop` here,
+        the last `from_disk` of them brought up from the disk.
 
         Later lookups are of a request that was preempted.
         """
@@ -96,16 +106,18 @@ class Receipt:
             return
         self.prompt = request.num_prompt_tokens
         self.device = start
-        self.host = max(0, stop - start)
+        self.host = max(0, stop - start - from_disk)
+        self.disk = from_disk
         self.miss = missing
         self.resumed_at = stop
         self.load_off = off_by
 
-    def load_failed(self, request: Request, host_tokens: int) -> None:
+    def load_failed(self, request: Request, good_tokens: int) -> None:
         """Notes that only so many tokens of what the first lookup found could be used."""
         if not self._is_told(request):
             self.miss = "load_failed"
-            self.host = host_tokens
+            self.host = min(self.host, good_tokens)
+            self.disk = min(self.disk, good_tokens - self.host)
 
     def _is_told(self, request: Request) -> bool:
         """Where the prompt came from is known: the request was preempted since, or is over."""
@@ -115,25 +127,28 @@ class Receipt:
     def finish(self, request: Request, block_tokens: int) -> dict[str, Any]:
         """The receipt as the response carries it.
 
-        `tokens` says where the prompt's KV came from; `computed` is the rest. `miss` says why
+        `tokens` says where the prompt's KV came from; `computed` is the rest. `disk_ms` is how long
+        the request waited for the disk, `load_ms` the copy to the device. `miss` says why
         block `first_missing_block` was not here: none, new, evicted, pending, quarantined,
         cleared, abandoned, no_boundary, load_off or load_failed. `off` is there when loads or
         stores were off for this request, and says by whom: setting, request, switch or worker.
         """
         self._counted = True
         self.prompt = request.num_prompt_tokens
-        self.computed = max(0, self.prompt - self.device - self.host)
+        self.computed = max(0, self.prompt - self.device - self.host - self.disk)
         first_missing = None if self.miss == "none" else self.resumed_at // block_tokens
         receipt: dict[str, Any] = {
             "tokens": {
                 "prompt": self.prompt,
                 "device": self.device,
                 "host": self.host,
+                "disk": self.disk,
                 "computed": self.computed,
             },
             "blocks_stored": self.blocks_stored,
             "blocks_refused": self.refused,
             "load_ms": round(self.load_ms, 3),
+            "disk_ms": round(self.disk_ms, 3),
             "store_ms": round(self.store_ms, 3),
             "miss": self.miss,
             "first_missing_block": first_missing,

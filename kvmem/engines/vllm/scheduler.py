@@ -7,6 +7,7 @@ One thread calls it, the engine's scheduler. Nothing is copied here. Per request
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from kvmem.engines.vllm.wire import (
 )
 from kvmem.errors import CapacityError
 from kvmem.store.arena import Arena, sweep
+from kvmem.store.disk import Disk
 from kvmem.store.layout import slots_within
 from kvmem.store.switch import Switch, SwitchReader
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerHalf"]
 
 VERIFY_PERIOD = 1 << 16
+IDLE_WAIT_S = 0.02
 # What a load can say against a block itself; other statuses are of the copy, not of the block.
 QUARANTINED = {1: "identity", 2: "generation", 3: "checksum"}
 
@@ -71,11 +74,13 @@ class SchedulerHalf:
         self.bus = events.Bus()
         self.reclaimed = sweep()
         self.arena = self._make_arena(vllm_config)
+        self.disk = self._open_disk()
         self.cache = Cache(
             self.arena.header.n_slots,
             self.geometry.shapes,
             eviction=config.eviction,
             bus=self.bus,
+            mover=self.disk,
         )
         model = vllm_config.model_config
         self.page = Page(
@@ -128,6 +133,21 @@ class SchedulerHalf:
             label=str(vllm_config.model_config.model),
         )
 
+    def _open_disk(self) -> Disk | None:
+        if not self.config.disk_bytes:
+            return None
+        try:
+            return Disk(
+                Path(self.config.disk_path).expanduser(),
+                self.config.disk_bytes,
+                self.arena,
+                self.namespace.digest,
+                self.bus,
+            )
+        except BaseException:
+            self.arena.close(unlink=True)
+            raise
+
     def bind(self, device_pool: BlockPool) -> None:
         """The engine's own block pool, to see what a reset left in it."""
         self._device_pool = device_pool
@@ -150,7 +170,8 @@ class SchedulerHalf:
 
     def match(self, request: Request, n_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that kvmem can add beyond the engine's own prefix hit, and that it will load
-        them between steps. None: ask again, the engine's own hit has to be looked up anew.
+        them between steps. None: ask again, the engine's own hit has to be looked up anew, or more
+        is on its way up from the disk.
 
         Called again and again for a waiting request, and the answer may be thrown away: asking
         changes nothing but what the request's leases hold.
@@ -181,8 +202,12 @@ class SchedulerHalf:
             start=start,
             limit=min(request.num_tokens - 1, hashed),
         )
+        if grant.coming:
+            seen.grant = None
+            return None, False
         seen.grant = grant
-        seen.receipt.matched(request, start, grant.stop, grant.missing)
+        seen.receipt.matched(request, start, grant.stop, grant.missing, from_disk=grant.from_disk)
+        seen.receipt.disk_ms = grant.disk_s * 1e3
         return (grant.stop - start, True) if grant.stop > start else (0, False)
 
     def _load_off(self, skips: bool) -> str | None:
@@ -241,6 +266,7 @@ class SchedulerHalf:
     def orders(self, output: SchedulerOutput) -> Orders:
         """This step's copies: loads that were allocated, blocks that this step completes."""
         orders = self.bare_orders(output)
+        self.wait_for_disk(output)
         for request_id in orders.finished:
             seen = self._seen.get(request_id)
             if seen is not None and not seen.stale:
@@ -283,6 +309,12 @@ class SchedulerHalf:
             # A lost step may have taken all the room there is: then no store would follow it.
             confirm=bool(self.storing.outstanding),
         )
+
+    def wait_for_disk(self, output: SchedulerOutput) -> None:
+        """In a step without a forward there is nothing else to do than to wait for the disk: the
+        engine would ask again at once."""
+        idle = not output.total_num_scheduled_tokens and self.cache.waits_for_disk
+        self.cache.settle(IDLE_WAIT_S if idle else 0.0)
 
     def sent_out(self) -> list[str]:
         """The engine has the orders: nothing of them is said twice.
@@ -468,4 +500,6 @@ class SchedulerHalf:
         try:
             self.write_stats()
         finally:
+            if self.disk is not None:
+                self.disk.close()
             self.arena.close(unlink=True)

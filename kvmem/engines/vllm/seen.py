@@ -54,13 +54,15 @@ class Seen:
 @dataclass(slots=True)
 class Outstanding:
     """Slots reserved by one request in one step, not yet acknowledged: for blocks of a group up to
-    block `stop`."""
+    block `stop`. `keys` are those of all blocks up to there, `blocks` which of them got a slot."""
 
     request_id: str
     group: int
     stop: int
     slots: Ids
     generations: Words
+    keys: list[Any]
+    blocks: list[int]
 
 
 @dataclass(slots=True)
@@ -71,6 +73,7 @@ class Totals:
     prompt_tokens: int = 0
     tokens_hit_device: int = 0
     tokens_hit_host: int = 0
+    tokens_hit_disk: int = 0
     tokens_computed: int = 0
     blocks_stored: int = 0
     blocks_loaded: int = 0
@@ -86,6 +89,7 @@ class Totals:
         self.prompt_tokens += receipt.prompt
         self.tokens_hit_device += receipt.device
         self.tokens_hit_host += receipt.host
+        self.tokens_hit_disk += receipt.disk
         self.tokens_computed += receipt.computed
 
     def as_dict(self) -> dict[str, Any]:

@@ -119,7 +119,15 @@ class Storing:
         stop = blocks[-1] + 1
         if len(room.index):  # first of all: what is reserved is given back whatever happens
             self.outstanding.setdefault(orders.sequence, []).append(
-                Outstanding(request_id, group, stop, room.slots, room.generations)
+                Outstanding(
+                    request_id=request_id,
+                    group=group,
+                    stop=stop,
+                    slots=room.slots,
+                    generations=room.generations,
+                    keys=keys[:stop],
+                    blocks=room.index.tolist(),
+                )
             )
         seen.receipt.refused += room.refused
         self._totals.refused += room.refused
@@ -163,6 +171,8 @@ class Storing:
         if not good.all():
             self._cache.abandon(wait.slots[~good], wait.generations[~good])
         n = self._cache.publish(wait.slots[good], wait.generations[good], sums[good])
+        if n:
+            self._cache.demote(wait.group, wait.keys, wait.blocks)
         self._totals.blocks_stored += n
         n_bytes = n * self._geometry.groups[wait.group].block_bytes * self._half.ranks
         self._totals.bytes_stored += n_bytes

@@ -4,20 +4,23 @@
     reserve   room for blocks that are about to be computed
     publish   what was written and acknowledged becomes visible (I4)
     release   a request is over
+    demote    what was published is copied to the disk, where there is one
     drop      everything leaves matching
 
 A `Cache` serves one namespace. A prompt comes as one list of keys for each KV-cache group of the
 model. Full-attention groups are chains, each block below its parent (I2); the blocks of windows
 and states are each by themselves, and a prompt can be resumed only where all that its groups read
-there is here. A `Cache` never touches KV bytes: it hands out slots, and who copies reads each
-slot's identity back (I1). Calls come from one thread, the engine's scheduler; `stats()` may be
-called from any.
+there is here. What only the disk has is promised to nobody: `acquire` begins to bring it up and
+answers "not yet" until the host has it, checked. A `Cache` never touches KV bytes: it hands out
+slots, and who copies reads each slot's identity back (I1). Calls come from one thread, the
+engine's scheduler; `stats()` may be called from any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +29,7 @@ import numpy.typing as npt
 
 from kvmem import events
 from kvmem._core import HostTier
+from kvmem.cache.moves import PATIENCE_S, Mover, Moves, Promotion
 from kvmem.types import GroupShape
 
 __all__ = ["Cache", "Grant", "Part", "Reservation"]
@@ -53,12 +57,18 @@ class Grant(msgspec.Struct, frozen=True):
     `parts` are what is to be loaded for that, none where `stop == start`; they stay valid until
     the request's `release`. `missing` says why the prompt can't be resumed further on ("none"
     where there is nothing further).
+
+    `coming`: more of it is on its way up from the disk; ask again. `from_disk` are tokens that came
+    up for this request, in `disk_s` seconds.
     """
 
     start: int
     stop: int
     parts: tuple[Part, ...]
     missing: str
+    coming: bool = False
+    from_disk: int = 0
+    disk_s: float = 0.0
 
     @property
     def n_blocks(self) -> int:
@@ -100,6 +110,8 @@ class Cache:
         groups: the model's KV-cache groups, in the engine's order.
         eviction: "s3fifo" or "lru".
         bus: where events go.
+        mover: the disk below, if there is one.
+        clock: seconds, for how long a request waits for the disk.
     """
 
     def __init__(
@@ -109,6 +121,8 @@ class Cache:
         *,
         eviction: str = "s3fifo",
         bus: events.Bus | None = None,
+        mover: Mover | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bus = bus if bus is not None else events.Bus()
         self.groups = tuple(groups)
@@ -118,6 +132,12 @@ class Cache:
         # Requests that have used what is here, or stored it.
         self._held: dict[str, _Held] = {}
         self._evictions_told = 0
+        self._clock = clock
+        self._moves: Moves | None = None
+        if mover is not None:
+            self._moves = Moves(self._tier, mover, self.groups, self.bus, order=eviction)
+        # Requests that wait for the disk.
+        self._promotions: dict[str, Promotion] = {}
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -134,8 +154,46 @@ class Cache:
             start: tokens the caller has already, whole blocks.
             limit: tokens the caller can use at most.
         """
-        held = self._held.get(request_id)
         limit = max(start, limit - limit % self.align_tokens)
+        coming = self._bring_up(request_id, chains, start, limit)
+        if coming is not None:
+            return coming
+        promotion = self._promotions.get(request_id)
+        grant = self._grant(request_id, chains, start, limit)
+        if promotion is None or self._moves is None:
+            return grant
+        if promotion.took_s is None:
+            promotion.took_s = self._clock() - promotion.begun_s
+            self._moves.give_up(promotion)  # its leases held what came up until now
+        from_disk = max(0, grant.stop - max(start, promotion.host_stop))
+        return msgspec.structs.replace(grant, from_disk=from_disk, disk_s=promotion.took_s)
+
+    def _bring_up(
+        self, request_id: str, chains: Sequence[Keys], start: int, limit: int
+    ) -> Grant | None:
+        """The answer "not yet" while more of the prompt is on its way up from the disk."""
+        if self._moves is None:
+            return None
+        self._moves.poll()
+        promotion = self._promotions.get(request_id)
+        if promotion is None:
+            host_stop = self.match(chains, start, limit)
+            stop = self.match(chains, start, limit, self._moves)
+            if stop <= host_stop:
+                return None
+            promotion = Promotion(self._clock(), host_stop)
+            for group, (shape, keys) in enumerate(zip(self.groups, chains, strict=True)):
+                first = max(start // shape.block_tokens, shape.first_needed(stop))
+                self._moves.promote(promotion, group, keys, first, stop // shape.block_tokens)
+            self._promotions[request_id] = promotion
+        # Once only: where the host has no room for all of it, it would be asked for for ever.
+        late = self._clock() - promotion.begun_s > PATIENCE_S
+        if promotion.took_s is not None or late or not promotion.reads:
+            return None
+        return Grant(start, start, (), "coming", coming=True)
+
+    def _grant(self, request_id: str, chains: Sequence[Keys], start: int, limit: int) -> Grant:
+        held = self._held.get(request_id)
         stop = self.match(chains, start, limit)
         fresh = _Held()
         try:
@@ -153,16 +211,22 @@ class Cache:
             self._held[request_id] = fresh
         return Grant(start, stop, parts, missing)
 
-    def match(self, chains: Sequence[Keys], start: int, limit: int) -> int:
+    def match(
+        self, chains: Sequence[Keys], start: int, limit: int, below: Moves | None = None
+    ) -> int:
         """The last point up to `limit` after which every group has all it reads; else `start`.
 
-        No use of what is there, and no promise beyond the call: `acquire` is both.
+        In the host, and with `below` on the disk too. No use of what is there, and no promise
+        beyond the call: `acquire` is both.
         """
         stop = limit
         for shape, keys in zip(self.groups, chains, strict=True):
             if shape.closed:
                 known = min(start // shape.block_tokens, len(keys))
-                stop = min(stop, self._tier.match(keys, known) * shape.block_tokens)
+                n_blocks = self._tier.match(keys, known)
+                if below is not None:
+                    n_blocks = max(n_blocks, below.match(keys, known))
+                stop = min(stop, n_blocks * shape.block_tokens)
         singles = [(s, k) for s, k in zip(self.groups, chains, strict=True) if not s.closed]
         while True:
             stop -= stop % self.align_tokens
@@ -170,23 +234,26 @@ class Cache:
                 return start
             before = stop
             for shape, keys in singles:
-                stop = self._single_resume_point(shape, keys, start, stop)
+                stop = self._single_resume_point(shape, keys, start, stop, below)
             if stop == before:
                 return stop
 
-    def _single_resume_point(self, shape: GroupShape, keys: Keys, start: int, stop: int) -> int:
+    def _single_resume_point(
+        self, shape: GroupShape, keys: Keys, start: int, stop: int, below: Moves | None
+    ) -> int:
         low, end = start // shape.block_tokens, stop // shape.block_tokens
         while end > low:
             first = max(low, shape.first_needed(end * shape.block_tokens))
             # [first, end)  must be here; a gap is in the reach of every point down to itself
-            gap = next((i for i in range(end - 1, first - 1, -1) if not self._has(keys[i])), None)
+            blocks = range(end - 1, first - 1, -1)
+            gap = next((i for i in blocks if not self._has(keys[i], below)), None)
             if gap is None:
                 return end * shape.block_tokens
             end = gap
         return start
 
-    def _has(self, key: bytes) -> bool:
-        return self._tier.match([key]) == 1
+    def _has(self, key: bytes, below: Moves | None) -> bool:
+        return self._tier.match([key]) == 1 or (below is not None and below.has(key))
 
     def _lease(
         self, held: _Held, chains: Sequence[Keys], start: int, stop: int, *, use: bool
@@ -317,6 +384,11 @@ class Cache:
         """Makes acknowledged blocks visible, parents first; the answer is how many (I4)."""
         return self._tier.publish(slots, generations, checksums)
 
+    def demote(self, group: int, keys: Keys, blocks: Sequence[int]) -> None:
+        """Begins to copy published blocks to the disk; nothing where there is none."""
+        if self._moves is not None:
+            self._moves.demote(group, keys, blocks)
+
     def abandon(self, slots: Slots, generations: Words) -> int:
         """Gives reserved slots back unwritten, with what was reserved on top of them."""
         return self._tier.abandon(slots, generations)
@@ -331,6 +403,9 @@ class Cache:
 
     def release(self, request_id: str) -> None:
         """Ends the request's leases; a request without any is fine."""
+        promotion = self._promotions.pop(request_id, None)
+        if promotion is not None and self._moves is not None:
+            self._moves.give_up(promotion)
         held = self._held.pop(request_id, None)
         if held is not None:
             self._let_go(held)
@@ -342,16 +417,36 @@ class Cache:
     def drop(self, reason: str) -> int:
         """Nothing that was published or reserved so far answers any more; leases live on."""
         blocks = self._tier.clear()
+        if self._moves is not None:
+            self._moves.drop()
         self.bus.emit(events.Cleared(blocks=blocks, reason=reason))
         return blocks
 
+    # -- the disk ----------------------------------------------------------------------------
+
+    @property
+    def waits_for_disk(self) -> bool:
+        """Whether a request does."""
+        return any(promotion.reads for promotion in self._promotions.values())
+
+    def settle(self, seconds: float = 0.0) -> None:
+        """Takes in moves between host and disk that are over; waits so long for the next one."""
+        if self._moves is not None:
+            if seconds:
+                self._moves.wait(seconds)
+            self._moves.poll()
+
+    # -- the whole ---------------------------------------------------------------------------
+
     def stats(self) -> dict[str, Any]:
-        """Counts of slots, blocks, leases and evictions."""
-        return self._tier.stats()
+        """Counts of slots, blocks, leases and evictions; under "disk" those of the disk."""
+        below = {"disk": self._moves.stats()} if self._moves is not None else {}
+        return {**self._tier.stats(), **below}
 
     def check_integrity(self) -> list[str]:
         """What is broken of I2, I3, I7 and the counts; empty when all holds."""
-        return self._tier.check_integrity()
+        below = self._moves.disk.check_integrity() if self._moves is not None else []
+        return [*self._tier.check_integrity(), *(f"disk: {line}" for line in below)]
 
     def _tell_evictions(self) -> None:
         evictions = int(self._tier.stats()["evictions"])

@@ -1,0 +1,227 @@
+// kvmem._core.DiskStore.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind/bind.h"
+#include "disk/disk_store.h"
+
+namespace kvmem::bind {
+namespace {
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+using Buffer = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <typename T>
+nb::object ToNumpy(std::vector<T>&& values) {
+  auto owned = std::make_unique<std::vector<T>>(std::move(values));
+  T* const data = owned->data();
+  const size_t n = owned->size();
+  const nb::capsule owner(owned.get(),
+                          [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  static_cast<void>(owned.release());
+  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(data, {n}, owner));
+}
+
+void Require(bool holds, const std::string& message) {
+  if (!holds) throw nb::value_error(message.c_str());
+}
+
+void CopyKey(const nb::bytes& from, unsigned char* to, const char* name) {
+  Require(from.size() == kKeyBytes, std::string(name) + " must have 32 bytes");
+  std::memcpy(to, from.c_str(), kKeyBytes);
+}
+
+const char* NameOf(DiskOpen status) {
+  switch (status) {
+    case DiskOpen::kOk:
+      return "ok";
+    case DiskOpen::kBusy:
+      return "busy";
+    case DiskOpen::kOther:
+      return "other";
+    case DiskOpen::kDamaged:
+      return "damaged";
+    case DiskOpen::kNoRoom:
+      return "no_room";
+    case DiskOpen::kError:
+      return "error";
+  }
+  return "error";
+}
+
+// A DiskStore that keeps the arena's mapping alive; `close` is its end.
+class PyDiskStore {
+ public:
+  PyDiskStore(const std::string& folder, Buffer arena, int64_t disk_bytes,
+              const nb::bytes& name_space, int threads, int64_t queue, const std::string& faults)
+      : arena_(std::move(arena)) {
+    Require(disk_bytes > 0, "disk_bytes must be positive");
+    Require(threads >= 1 && threads <= 16, "threads must be 1 to 16");
+    Require(queue >= 1 && queue <= 1 << 20, "queue must be 1 to 1048576");
+    unsigned char of[kKeyBytes];
+    CopyKey(name_space, of, "namespace");
+    std::vector<SlotTable> tables;
+    std::string error;
+    auto* const base = reinterpret_cast<std::byte*>(arena_.data());
+    for (uint32_t rank = 0, ranks = 1; rank < ranks; ++rank) {
+      const std::optional<SlotTable> table = SlotTable::Open(base, arena_.size(), rank, &error);
+      if (!table) throw nb::value_error(error.c_str());
+      if (rank == 0) std::memcpy(&ranks, base + offsetof(ArenaHeader, ranks), sizeof ranks);
+      tables.push_back(*table);
+    }
+    DiskOptions options;
+    options.folder = folder;
+    options.disk_bytes = static_cast<uint64_t>(disk_bytes);
+    options.n_threads = threads;
+    options.queue = static_cast<size_t>(queue);
+    options.faults = faults;
+    DiskOpen status = DiskOpen::kError;
+    store_ = DiskStore::Open(options, tables, of, &status, &error);
+    if (!store_) {
+      // (what, sentence): the caller has errors for these.
+      PyErr_SetObject(PyExc_OSError, nb::make_tuple(NameOf(status), error).ptr());
+      throw nb::python_error();
+    }
+  }
+
+  bool Begin(bool write, uint64_t ticket, int64_t slot, uint64_t slot_generation, int64_t record,
+             uint64_t record_generation, uint32_t group, const nb::bytes& key,
+             const nb::bytes& parent, uint32_t depth) {
+    DiskStore& store = Opened();
+    Require(slot >= 0 && static_cast<uint64_t>(slot) < store.n_slots(), "no such slot");
+    CheckRecord(record);
+    DiskMove move = {};
+    move.ticket = ticket;
+    move.slot = static_cast<uint64_t>(slot);
+    move.slot_generation = slot_generation;
+    move.record = static_cast<uint64_t>(record);
+    move.record_generation = record_generation;
+    move.group = group;
+    move.depth = depth;
+    CopyKey(key, move.key, "key");
+    CopyKey(parent, move.parent, "parent");
+    return write ? store.Write(move) : store.Read(move);
+  }
+
+  int Drop(int64_t record) {
+    CheckRecord(record);
+    return Opened().Drop(static_cast<uint64_t>(record));
+  }
+  int Clear() { return Opened().Clear(); }
+
+  nb::list Poll() {
+    nb::list told;
+    for (const DiskMoved& m : Opened().Poll()) {
+      told.append(nb::make_tuple(m.ticket, static_cast<int>(m.status), m.error, m.checksum, m.bytes,
+                                 m.queued_s, m.io_s, m.check_s));
+    }
+    return told;
+  }
+
+  void Wait(double seconds) {
+    Require(seconds >= 0 && seconds <= 60, "seconds must be 0 to 60");
+    DiskStore& store = Opened();
+    nb::gil_scoped_release release;
+    store.Wait(seconds);
+  }
+
+  int Flush() {
+    DiskStore& store = Opened();
+    nb::gil_scoped_release release;
+    return store.Flush();
+  }
+
+  nb::tuple Recovered() {
+    DiskStore& store = Opened();
+    DiskRecovered found;
+    int error = 0;
+    {
+      nb::gil_scoped_release release;
+      error = store.Recovered(&found);
+    }
+    if (error != 0) {
+      errno = error;
+      PyErr_SetFromErrno(PyExc_OSError);
+      throw nb::python_error();
+    }
+    return nb::make_tuple(ToNumpy(std::move(found.records)), ToNumpy(std::move(found.generations)),
+                          ToNumpy(std::move(found.checksums)), ToNumpy(std::move(found.sequences)),
+                          ToNumpy(std::move(found.keys)), ToNumpy(std::move(found.parents)));
+  }
+
+  void Close() {
+    nb::gil_scoped_release release;
+    store_.reset();
+  }
+
+  uint64_t n_records() { return Opened().n_records(); }
+  uint64_t slot_bytes() { return Opened().slot_bytes(); }
+  bool direct() { return Opened().direct(); }
+
+ private:
+  DiskStore& Opened() {
+    Require(store_ != nullptr, "the disk store is closed");
+    return *store_;
+  }
+  void CheckRecord(int64_t record) {
+    Require(record >= 0 && static_cast<uint64_t>(record) < Opened().n_records(), "no such record");
+  }
+
+  Buffer arena_;
+  std::unique_ptr<DiskStore> store_;
+};
+
+}  // namespace
+
+void RegisterDisk(nb::module_& m) {
+  nb::class_<PyDiskStore>(
+      m, "DiskStore",
+      "Moves blocks between an arena's slots and numbered records of a folder, and checks them.\n\n"
+      "Any thread may call. Keeps the arena's buffer alive until it goes.")
+      .def(nb::init<const std::string&, Buffer, int64_t, const nb::bytes&, int, int64_t,
+                    const std::string&>(),
+           "folder"_a, "arena"_a.noconvert(), "disk_bytes"_a, "namespace"_a, "threads"_a = 2,
+           "queue"_a = 256, "faults"_a = "",
+           "The folder is there and private. `faults` is for tests: csrc/disk/disk_io.h.\n\n"
+           "Raises:\n"
+           "    OSError: args are what and a sentence; what is busy (another has it open), other\n"
+           "        (another version, model or size), damaged, no_room or error.\n"
+           "    ValueError: the arena is none, or an argument is out of range.")
+      .def("begin", &PyDiskStore::Begin, "write"_a, "ticket"_a, "slot"_a, "slot_generation"_a,
+           "record"_a, "record_generation"_a, "group"_a, "key"_a, "parent"_a, "depth"_a,
+           "Queues a copy of a block to its record, or from it; False where the queue is full.\n"
+           "One operation on a record at a time.")
+      .def("drop", &PyDiskStore::Drop, "record"_a, "The record holds nothing any more; 0 or errno.")
+      .def("clear", &PyDiskStore::Clear, "No record holds anything any more; 0 or errno.")
+      .def("poll", &PyDiskStore::Poll,
+           nb::sig("def poll(self) -> list[tuple[int, int, int, int, int, float, float, float]]"),
+           "Operations that are over: (ticket, status, errno, checksum, bytes, queued_s, io_s,\n"
+           "check_s). Status 0 ok, 1 the slot is not that block, 2 the record is not, 3 the disk\n"
+           "failed. `checksum` is what the receiving index publishes the block with.")
+      .def("wait", &PyDiskStore::Wait, "seconds"_a,
+           "Until an operation is over that was not told yet, or so long.")
+      .def("flush", &PyDiskStore::Flush, "What is written survives a power cut; 0 or errno.")
+      .def("recovered", &PyDiskStore::Recovered,
+           nb::sig("def recovered(self) -> tuple[numpy.typing.NDArray[numpy.int32], "
+                   "numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint64], "
+                   "numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint8], "
+                   "numpy.typing.NDArray[numpy.uint8]]"),
+           "What was there at the start: records, generations, checksums, sequences, keys [n*32],\n"
+           "parents [n*32], of the records that are sound.")
+      .def("close", &PyDiskStore::Close, "Ends what is queued; the store can't be used any more.")
+      .def_prop_ro("n_records", &PyDiskStore::n_records)
+      .def_prop_ro("slot_bytes", &PyDiskStore::slot_bytes)
+      .def_prop_ro("direct", &PyDiskStore::direct, "Whether the page cache is passed by.");
+}
+
+}  // namespace kvmem::bind

@@ -1,0 +1,6 @@
+"""One cache: the verbs that join the index, the store and the policy; see `kvmem.cache.cache`."""
+
+from kvmem.cache.cache import Cache, Grant, Part, Reservation
+from kvmem.cache.moves import Mover
+
+__all__ = ["Cache", "Grant", "Mover", "Part", "Reservation"]

@@ -1,0 +1,362 @@
+"""Moves between the host tier and the disk below it.
+
+    host slots ── demote: copies, parents first ──▶ disk records
+               ◀── promote: checked bytes, then published ──
+
+Both tiers have an index of the same kind, and each is prefix-closed by itself (I2): blocks are
+copied down when they are published above, so nothing has to be written when the host makes room,
+and come up parents first. A `Mover` does the copying, in threads of its own; here is decided what
+is copied, and what its outcome means. Nothing that a mover reads is visible before it was checked
+(I4, I5).
+
+Thread safety: one thread calls it, the one of the `Cache`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvmem import events
+from kvmem._core import HostTier
+from kvmem.types import NO_PARENT, GroupShape, Move, Moved, Recovered
+
+__all__ = ["Mover", "Moves", "Promotion"]
+
+Keys = list[Any]
+# How long a request waits for the disk before it is answered with what the host has.
+PATIENCE_S = 5.0
+
+
+class Mover(Protocol):
+    """Who copies blocks between the arena's slots and the disk's records, beside the caller."""
+
+    @property
+    def n_records(self) -> int:
+        """Blocks that the disk holds (I7)."""
+
+    @property
+    def on(self) -> bool:
+        """Whether the disk can be used now."""
+
+    def recovered(self) -> Recovered | None:
+        """What an earlier run left there, told once; None for nothing."""
+
+    def write(self, move: Move) -> bool:
+        """Begins a copy to the disk; False where the queue is full."""
+
+    def read(self, move: Move) -> bool:
+        """Begins a copy from the disk; False where the queue is full."""
+
+    def drop(self, record: int) -> None:
+        """The record holds nothing any more."""
+
+    def clear(self) -> None:
+        """No record holds anything any more."""
+
+    def poll(self) -> list[Moved]:
+        """Moves that are over."""
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a move is over, or after so long."""
+
+
+class Promotion:
+    """What one request waits for: blocks on their way to the host, its own reads and others'."""
+
+    __slots__ = ("begun_s", "host_stop", "leases", "reads", "took_s")
+
+    def __init__(self, begun_s: float, host_stop: int) -> None:
+        self.begun_s = begun_s
+        self.host_stop = host_stop  # how far the host alone would have answered
+        self.took_s: float | None = None  # once it is over
+        self.reads: set[_Batch] = set()
+        self.leases: list[int] = []
+
+
+class _Batch:
+    """Moves that are settled together, since each block hangs below the one before it."""
+
+    __slots__ = ("down", "group", "keys", "lease", "moved", "moves", "waiting")
+
+    def __init__(self, *, down: bool, group: int, keys: Keys, lease: int) -> None:
+        self.down = down
+        self.group = group
+        self.keys = keys
+        self.lease = lease  # on the tier that is read
+        self.moves: list[Move] = []
+        self.moved: dict[int, Moved] = {}
+        self.waiting: list[Promotion] = []
+
+
+class Moves:
+    """See the module.
+
+    Args:
+        host: the host tier's index.
+        mover: who copies.
+        groups: the model's KV-cache groups.
+        bus: where events go.
+        order: the disk's eviction order.
+    """
+
+    def __init__(
+        self,
+        host: HostTier,
+        mover: Mover,
+        groups: Sequence[GroupShape],
+        bus: events.Bus,
+        *,
+        order: str,
+    ) -> None:
+        self.disk = HostTier(mover.n_records, order)
+        self._host = host
+        self._mover = mover
+        self._groups = tuple(groups)
+        self._bus = bus
+        self._tickets = itertools.count(1)
+        self._batch_of: dict[int, _Batch] = {}
+        self._coming: dict[bytes, _Batch] = {}
+        self.totals = {
+            "written": 0, "read": 0, "bytes_written": 0, "bytes_read": 0, "faults": 0,
+            "refused": 0, "queued_s": 0.0, "io_s": 0.0, "check_s": 0.0,
+        }  # fmt: skip
+        self._evictions_told = 0
+        self.totals["restored"] = self._restore()
+
+    def _restore(self) -> int:
+        """Blocks of an earlier run that answer again; those without their parents don't (I2)."""
+        found = self._mover.recovered()
+        if found is None:
+            return 0
+        lost = self.disk.restore(
+            found.records, found.generations, found.checksums, found.keys, found.parents
+        )
+        for at in lost.tolist():
+            self._mover.drop(int(found.records[at]))
+        return len(found.records) - len(lost)
+
+    # -- what is there -----------------------------------------------------------------------
+
+    def match(self, keys: Keys, start: int) -> int:
+        """Blocks of the longest prefix on the disk."""
+        return self.disk.match(keys, start) if self._mover.on else 0
+
+    def has(self, key: bytes) -> bool:
+        """Whether the disk has a block that stands by itself."""
+        return self._mover.on and self.disk.match([key]) == 1
+
+    @property
+    def n_under_way(self) -> int:
+        """Moves that are not over."""
+        return len(self._batch_of)
+
+    # -- down --------------------------------------------------------------------------------
+
+    def demote(self, group: int, keys: Keys, blocks: Sequence[int]) -> None:
+        """Copies to the disk what the host has of these blocks and the disk has not; of a chain,
+        all up to the last of them, so that nothing of it is a hole."""
+        if not self._mover.on or not len(blocks):
+            return
+        if self._groups[group].closed:
+            stop = blocks[-1] + 1
+            self._demote(group, keys, self.disk.match(keys[:stop]), stop)
+        else:
+            for at in blocks:
+                self._demote(group, [keys[at]], 0, 1)
+
+    def _demote(self, group: int, keys: Keys, start: int, stop: int) -> None:
+        if stop <= start:
+            return
+        lease, stop, slots, generations = self._host.acquire(keys, start, stop, use=False)
+        if not lease:
+            return
+        index, records, record_generations, reason = self.disk.reserve(keys, start, stop)
+        if reason:
+            self.totals["refused"] += stop - start - len(index)
+        self._tell_evictions()
+        batch = _Batch(down=True, group=group, keys=keys, lease=lease)
+        begun = 0
+        for i, record, record_generation in zip(
+            index.tolist(), records.tolist(), record_generations.tolist(), strict=True
+        ):
+            move = Move(
+                ticket=next(self._tickets),
+                group=group,
+                key=bytes(keys[i]),
+                slot=int(slots[i - start]),
+                slot_generation=int(generations[i - start]),
+                record=record,
+                record_generation=record_generation,
+                parent=bytes(keys[i - 1]) if i else NO_PARENT,
+                depth=i,
+            )
+            if not self._mover.write(move):
+                break
+            batch.moves.append(move)
+            self._batch_of[move.ticket] = batch
+            begun += 1
+        if begun < len(index):  # the queue is full: what hangs below goes with it
+            self.totals["refused"] += len(index) - begun
+            self.disk.abandon(records[begun:], record_generations[begun:])
+        if not begun:
+            self._host.release(lease)
+
+    # -- up ----------------------------------------------------------------------------------
+
+    def promote(self, promotion: Promotion, group: int, keys: Keys, first: int, stop: int) -> None:
+        """Begins to read those of blocks [first, stop) that the host has not; `promotion` waits for
+        them, and for those that others have begun to read."""
+        for key in keys[first:stop]:
+            under_way = self._coming.get(bytes(key))
+            if under_way is not None:
+                self._wait_for(promotion, under_way)
+        if self._groups[group].closed:
+            self._promote(promotion, group, keys, self._host.match(keys[:stop]), stop)
+        else:
+            for key in keys[first:stop]:
+                if self._host.match([key]) == 0:
+                    self._promote(promotion, group, [key], 0, 1)
+
+    def _promote(self, promotion: Promotion, group: int, keys: Keys, start: int, stop: int) -> None:
+        if stop <= start:
+            return
+        lease, stop, records, record_generations = self.disk.acquire(keys, start, stop)
+        if not lease:
+            return
+        index, slots, generations, _ = self._host.reserve(keys, start, stop)
+        batch = _Batch(down=False, group=group, keys=keys, lease=lease)
+        begun = 0
+        for i, slot, generation in zip(
+            index.tolist(), slots.tolist(), generations.tolist(), strict=True
+        ):
+            move = Move(
+                ticket=next(self._tickets),
+                group=group,
+                key=bytes(keys[i]),
+                slot=slot,
+                slot_generation=generation,
+                record=int(records[i - start]),
+                record_generation=int(record_generations[i - start]),
+            )
+            if not self._mover.read(move):
+                break
+            batch.moves.append(move)
+            self._batch_of[move.ticket] = batch
+            self._coming[move.key] = batch
+            begun += 1
+        if begun < len(index):
+            self._host.abandon(slots[begun:], generations[begun:])
+        if begun:
+            self._wait_for(promotion, batch)
+        else:
+            self.disk.release(lease)
+
+    def _wait_for(self, promotion: Promotion, batch: _Batch) -> None:
+        if batch not in promotion.reads:
+            promotion.reads.add(batch)
+            batch.waiting.append(promotion)
+
+    def give_up(self, promotion: Promotion) -> None:
+        """Nobody waits for it any more; the reads go on and serve others."""
+        for batch in promotion.reads:
+            batch.waiting.remove(promotion)
+        promotion.reads.clear()
+        for lease in promotion.leases:
+            self._host.release(lease)
+        promotion.leases.clear()
+
+    # -- what became of them -----------------------------------------------------------------
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a move is over, or after so long."""
+        if self._batch_of:
+            self._mover.wait(seconds)
+
+    def poll(self) -> None:
+        """Settles what is over."""
+        for moved in self._mover.poll():
+            batch = self._batch_of.pop(moved.ticket)
+            batch.moved[moved.ticket] = moved
+            for name in ("queued_s", "io_s", "check_s"):
+                self.totals[name] += getattr(moved, name)
+            if len(batch.moved) == len(batch.moves):
+                if batch.down:
+                    self._written(batch)
+                else:
+                    self._read(batch)
+
+    def _written(self, batch: _Batch) -> None:
+        self._host.release(batch.lease)
+        for move in batch.moves:
+            moved = batch.moved[move.ticket]
+            record = np.array([move.record], np.int32)
+            generation = np.array([move.record_generation], np.uint64)
+            if moved.fault:
+                self._fault(move, moved)
+                self.disk.abandon(record, generation)
+            elif self.disk.publish(record, generation, np.array([moved.checksum], np.uint64)):
+                self.totals["written"] += 1
+                self.totals["bytes_written"] += moved.bytes
+            else:  # its parent failed, or all was dropped meanwhile
+                self._mover.drop(move.record)
+
+    def _read(self, batch: _Batch) -> None:
+        good = True
+        for move in batch.moves:
+            self._coming.pop(move.key, None)
+            moved = batch.moved[move.ticket]
+            slot = np.array([move.slot], np.int32)
+            generation = np.array([move.slot_generation], np.uint64)
+            good = good and not moved.fault
+            if moved.fault:
+                self._fault(move, moved)
+            if good:
+                self._host.publish(slot, generation, np.array([moved.checksum], np.uint64))
+                self.totals["read"] += 1
+                self.totals["bytes_read"] += moved.bytes
+            else:  # I2: nothing below a block that failed
+                self._host.abandon(slot, generation)
+        self.disk.release(batch.lease)
+        for promotion in batch.waiting:
+            promotion.reads.discard(batch)
+            lease, *_ = self._host.acquire(batch.keys, 0, len(batch.keys), use=False)
+            if lease:  # until the request asks again
+                promotion.leases.append(lease)
+        batch.waiting.clear()
+
+    def _fault(self, move: Move, moved: Moved) -> None:
+        self.totals["faults"] += 1
+        if moved.fault != "record":
+            return
+        blocks = self.disk.quarantine(move.record, move.record_generation)  # I5
+        self._mover.drop(move.record)
+        self._bus.emit(
+            events.Quarantined(key=move.key.hex(), blocks=blocks, reason="disk", tier="disk")
+        )
+
+    # -- the whole ---------------------------------------------------------------------------
+
+    def drop(self) -> None:
+        """Nothing on the disk answers any more, now or after a restart."""
+        self.disk.clear()
+        self._mover.clear()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of the disk's records and of the moves."""
+        return {
+            **self.disk.stats(),
+            **self.totals,
+            "on": self._mover.on,
+            "under_way": self.n_under_way,
+        }
+
+    def _tell_evictions(self) -> None:
+        evictions = int(self.disk.stats()["evictions"])
+        if evictions > self._evictions_told:
+            told = evictions - self._evictions_told
+            self._bus.emit(events.Evicted(blocks=told, tier="disk"))
+            self._evictions_told = evictions

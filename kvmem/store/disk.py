@@ -1,0 +1,215 @@
+"""The disk tier's bytes: moves that the native store makes and checks, and when there is no disk.
+
+A failing disk costs its hits and nothing else (I9): after a failed operation the tier is off, with
+one event, and is tried again ever more rarely until the disk works.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from kvmem import events
+from kvmem._core import DiskStore
+from kvmem.errors import CapacityError, ConfigError
+from kvmem.store.arena import Arena
+from kvmem.store.folders import claim, start_anew, trim
+from kvmem.types import Move, Moved, Recovered
+
+__all__ = ["Disk"]
+
+FAULTS = ("", "source", "record", "io")  # by the native store's status
+RETRY_S = 5.0
+RETRY_MOST_S = 300.0
+# Other models' stores are looked at each time so much was written.
+TRIM_BYTES = 256 << 20
+PROBE = "probe"
+
+
+class Disk:
+    """One engine's store, in a folder of its own under `root`; `close` ends it.
+
+    Args:
+        root: the setting disk_path.
+        disk_bytes: the setting disk_gb (I7).
+        arena: whose slots the blocks come from and go to.
+        namespace: 32 bytes; blocks are valid inside it only.
+        bus: where it is told that the disk failed, or works again.
+        clock: seconds, for when a disk that failed is tried again.
+        faults: for tests, see csrc/disk/disk_io.h.
+
+    Raises:
+        ConfigError, CapacityError: the folder or the budget can't be used.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        disk_bytes: int,
+        arena: Arena,
+        namespace: bytes,
+        bus: events.Bus,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        faults: str = "",
+    ) -> None:
+        self._bytes = disk_bytes
+        self._bus = bus
+        self._clock = clock
+        self._off_since_s: float | None = None
+        self._retry_s = RETRY_S
+        self._retry_at_s = 0.0
+        self._written_bytes = 0
+        self.folder = claim(root, namespace)
+        trim(self.folder, disk_bytes)
+        buffer = np.frombuffer(arena.buffer, np.uint8)
+        self._store = self._open(buffer, namespace, faults)
+
+    def _open(self, buffer: np.ndarray, namespace: bytes, faults: str) -> DiskStore:
+        for _ in range(2):
+            try:
+                return DiskStore(str(self.folder), buffer, self._bytes, namespace, faults=faults)
+            except OSError as error:
+                what, sentence = error.args
+            # Another budget, version or layout: what is there can't be used, and nothing else can
+            # use it. A damaged header has lost which records are whose.
+            if what not in ("other", "damaged"):
+                break
+            start_anew(self.folder)
+        if what == "no_room":
+            raise CapacityError(
+                f"kvmem's setting 'disk_gb' is too small: {sentence}",
+                next_step="Raise disk_gb, or set it to 0.",
+                setting="disk_gb",
+            )
+        raise ConfigError(
+            f"kvmem's setting 'disk_path' cannot be used: {sentence}",
+            next_step="Give a folder on a local disk that this user may write to.",
+            setting="disk_path",
+        )
+
+    # -- the mover of kvmem.cache ------------------------------------------------------------
+
+    @property
+    def n_records(self) -> int:
+        """Blocks that the disk holds."""
+        return int(self._store.n_records)
+
+    @property
+    def on(self) -> bool:
+        """Whether the disk works, as far as is known; a look at it when it is time for one."""
+        if self._off_since_s is None:
+            return True
+        now = self._clock()
+        if now < self._retry_at_s:
+            return False
+        if not self._works():
+            self._retry_s = min(RETRY_MOST_S, 2 * self._retry_s)
+            self._retry_at_s = now + self._retry_s
+            return False
+        self._bus.emit(events.TierOn(tier="disk", seconds=now - self._off_since_s))
+        self._off_since_s, self._retry_s = None, RETRY_S
+        return True
+
+    def recovered(self) -> Recovered | None:
+        """What an earlier run left, least recently written first."""
+        try:
+            records, generations, checksums, sequences, keys, parents = self._store.recovered()
+        except OSError as error:
+            self._failed(error.strerror or str(error))
+            return None
+        order = np.argsort(sequences, kind="stable")
+        return Recovered(
+            records[order],
+            generations[order],
+            checksums[order],
+            np.ascontiguousarray(keys.reshape(-1, 32)[order]).reshape(-1),
+            np.ascontiguousarray(parents.reshape(-1, 32)[order]).reshape(-1),
+        )
+
+    def write(self, move: Move) -> bool:
+        """Begins a copy to the disk; False where the queue is full."""
+        return self._begin(move, write=True)
+
+    def read(self, move: Move) -> bool:
+        """Begins a copy from the disk; False where the queue is full."""
+        return self._begin(move, write=False)
+
+    def _begin(self, move: Move, *, write: bool) -> bool:
+        return self._store.begin(
+            write,
+            move.ticket,
+            move.slot,
+            move.slot_generation,
+            move.record,
+            move.record_generation,
+            move.group,
+            move.key,
+            move.parent,
+            move.depth,
+        )
+
+    def drop(self, record: int) -> None:
+        """The record holds nothing any more."""
+        self._expect(self._store.drop(record))
+
+    def clear(self) -> None:
+        """No record holds anything any more."""
+        self._expect(self._store.clear())
+
+    def poll(self) -> list[Moved]:
+        """Moves that are over."""
+        found = []
+        for ticket, status, error, checksum, n_bytes, queued_s, io_s, check_s in self._store.poll():
+            self._expect(error)
+            found.append(Moved(ticket, FAULTS[status], checksum, n_bytes, queued_s, io_s, check_s))
+            self._written_bytes += n_bytes
+        if self._written_bytes >= TRIM_BYTES:
+            self._written_bytes = 0
+            try:
+                trim(self.folder, self._bytes, soon_bytes=TRIM_BYTES)
+            except OSError as error:
+                self._failed(error.strerror or str(error))
+        return found
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a move is over, or after so long."""
+        self._store.wait(seconds)
+
+    def close(self) -> None:
+        """Ends what is queued and lets go of the folder."""
+        self._store.close()
+
+    # -- a disk that fails -------------------------------------------------------------------
+
+    def _expect(self, error: int) -> None:
+        if error:
+            self._failed(os.strerror(error))
+
+    def _failed(self, error: str) -> None:
+        """From now on there is no disk, until it is tried again."""
+        now = self._clock()
+        self._retry_at_s = now + self._retry_s
+        if self._off_since_s is None:
+            self._off_since_s = now
+            self._bus.emit(events.TierOff(tier="disk", error=error))
+
+    def _works(self) -> bool:
+        """Whether a file can be written, synced and read in the store's folder."""
+        path = self.folder / PROBE
+        text = os.urandom(4096)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.pwrite(fd, text, 0)
+                os.fdatasync(fd)
+                return os.pread(fd, len(text), 0) == text and (self.folder / "table.kvd").exists()
+            finally:
+                os.close(fd)
+                path.unlink()
+        except OSError:
+            return False

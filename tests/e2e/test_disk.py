@@ -1,0 +1,129 @@
+"""The disk tier in a real engine: what comes from the disk is what the engine computed, also after
+its end, however it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kvmem.store.arena import sweep
+from tests.e2e.host import (
+    BLOCK,
+    Engine,
+    EngineHost,
+    Turn,
+    assert_agrees,
+    assert_same,
+    assert_settled,
+    generate_one,
+    prompt,
+)
+
+pytestmark = pytest.mark.engine
+TOKENS = prompt(300, 7)
+WHOLE = len(TOKENS) // BLOCK * BLOCK
+
+
+@pytest.fixture(scope="module")
+def start(
+    smollm2: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], EngineHost]]:
+    root = tmp_path_factory.mktemp("disk")
+    hosts: list[EngineHost] = []
+
+    def start() -> EngineHost:
+        settings = {"host_gb": 0.25, "disk_gb": 0.25, "disk_path": str(root)}
+        hosts.append(EngineHost(smollm2, kvmem=settings))
+        return hosts[-1]
+
+    yield start
+    for host in hosts:
+        host.close()
+
+
+def at_rest(engine: Engine) -> dict[str, Any]:
+    engine.settle()
+    for _ in range(1000):
+        disk = engine.half.cache.stats()["disk"]
+        if not disk["under_way"]:
+            return dict(disk)
+        engine.half.cache.settle(0.1)
+    raise AssertionError("moves do not end")
+
+
+def three_ways(engine: Engine, tokens: list[int]) -> tuple[Turn, Turn, Turn]:
+    """Computed, from the engine's own prefix cache, and from the disk."""
+    cold = engine.generate([tokens])[0]
+    native = engine.generate([tokens])[0]
+    at_rest(engine)
+    engine.forget_device()
+    engine.half.cache._tier.clear()  # as if other prompts had taken its place in the host
+    return cold, native, engine.generate([tokens])[0]
+
+
+def flip(engine: Engine, record: int) -> None:
+    disk = engine.half.disk
+    with (disk.folder / "data.kvd").open("r+b") as data:
+        data.seek(record * disk._store.slot_bytes + disk._store.slot_bytes // 2)
+        byte = data.read(1)
+        data.seek(-1, 1)
+        data.write(bytes([byte[0] ^ 1]))
+
+
+def only_disk(engine: Engine, tokens: list[int]) -> Turn:
+    engine.forget_device()
+    engine.half.cache._tier.clear()
+    return engine.generate([tokens])[0]
+
+
+def record_of(engine: Engine, tokens: list[int], block: int) -> int:
+    from kvmem.hashing import BlockHasher
+
+    keys = BlockHasher("sha256", BLOCK).hash_blocks(tokens)
+    index = engine.half.cache._moves.disk
+    lease, _, records, _ = index.acquire(keys, block, block + 1)
+    index.release(lease)
+    return int(records[0])
+
+
+def test_the_disk_gives_back_what_the_engine_computed_over_restarts(
+    start: Callable[[], EngineHost],
+) -> None:
+    host = start()
+    cold, native, restored = host.run(three_ways, TOKENS)
+    assert cold.cached == 0
+    assert native.cached == WHOLE
+    assert restored.receipt["tokens"]["disk"] == WHOLE
+    assert_same(restored, native)
+    assert_agrees(restored, cold)
+    assert host.run(at_rest)["read"] == WHOLE // BLOCK
+    host.run(assert_settled)
+
+    host.close()  # an orderly end
+    host = start()
+    warm = host.run(generate_one, TOKENS)
+    assert warm.receipt["tokens"] == {
+        "prompt": 300, "device": 0, "host": 0, "disk": WHOLE, "computed": 300 - WHOLE,
+    }  # fmt: skip
+    assert_same(warm, native)
+
+    other = prompt(200, 8)
+    told = host.run(generate_one, other)
+    host.run(at_rest)
+    host.process.kill()  # and one that is none
+    host.process.join()
+    sweep()
+    host = start()
+    for tokens, before in ((TOKENS, native), (other, told)):
+        after = host.run(generate_one, tokens)
+        assert after.receipt["tokens"]["disk"] == len(tokens) // BLOCK * BLOCK
+        assert_agrees(after, before)
+
+    # A block that was damaged on the disk is computed, with all that follows it.
+    host.run(flip, host.run(record_of, TOKENS, 4))
+    damaged = host.run(only_disk, TOKENS)
+    assert damaged.receipt["tokens"]["disk"] == 4 * BLOCK
+    assert_agrees(damaged, cold)
+    host.run(assert_settled)

@@ -1,0 +1,336 @@
+// The disk store: what comes back is what went down, whatever was done to the files meanwhile; and
+// several threads of moves at once.
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "arena_bytes.h"
+#include "check.h"
+#include "disk/disk_store.h"
+#include "hash/xxh3.h"
+
+namespace kvmem {
+namespace {
+
+constexpr uint64_t kShare = 5000;
+constexpr uint64_t kSlots = 24;
+constexpr unsigned char kNameSpace[kKeyBytes] = {7, 7, 7};
+
+class Folder {
+ public:
+  Folder() {
+    std::string name = (std::filesystem::temp_directory_path() / "kvmem-disk-XXXXXX").string();
+    CHECK(mkdtemp(name.data()) != nullptr);
+    path = name;
+  }
+  ~Folder() { std::filesystem::remove_all(path); }
+  std::string path;
+};
+
+void KeyOf(uint64_t i, unsigned char* key) {
+  std::memset(key, 0, kKeyBytes);
+  const uint64_t words[2] = {i + 1, Xxh3_64(&i, sizeof i)};
+  std::memcpy(key, words, sizeof words);
+}
+
+unsigned char ByteOf(uint64_t i, uint32_t rank, uint64_t at) {
+  return static_cast<unsigned char>(i * 37 + rank * 101 + at * 5 + (at >> 7));
+}
+
+struct Bench {
+  explicit Bench(const std::string& folder, uint32_t n_ranks = 1, const std::string& faults = "",
+                 uint64_t disk_bytes = 4 << 20, size_t queue = 256)
+      : arena(kSlots, kShare, n_ranks) {
+    for (uint32_t rank = 0; rank < n_ranks; ++rank) tables.push_back(arena.table(rank));
+    options.folder = folder;
+    options.disk_bytes = disk_bytes;
+    options.faults = faults;
+    options.queue = queue;
+    store = DiskStore::Open(options, tables, kNameSpace, &status, &error);
+  }
+
+  // Block i in an arena slot, as a worker stores it.
+  void Fill(uint64_t i, uint64_t slot, uint64_t generation, uint32_t group = 0) {
+    unsigned char key[kKeyBytes];
+    KeyOf(i, key);
+    for (uint32_t rank = 0; rank < tables.size(); ++rank) {
+      CHECK(tables[rank].Claim(slot, generation));
+      auto* const data = reinterpret_cast<unsigned char*>(tables[rank].Data(slot));
+      for (uint64_t at = 0; at < kShare; ++at) data[at] = ByteOf(i, rank, at);
+      const Identity identity = {group, kShare, reinterpret_cast<const std::byte*>(key)};
+      CHECK(tables[rank].Complete(slot, generation, identity, Xxh3_64(data, kShare)));
+    }
+  }
+
+  bool Holds(uint64_t i, uint64_t slot, uint64_t generation) {
+    for (uint32_t rank = 0; rank < tables.size(); ++rank) {
+      if (!tables[rank].IsComplete(slot, generation)) return false;
+      const auto* const data = reinterpret_cast<const unsigned char*>(tables[rank].Data(slot));
+      for (uint64_t at = 0; at < kShare; ++at) {
+        if (data[at] != ByteOf(i, rank, at)) return false;
+      }
+    }
+    return true;
+  }
+
+  DiskMove Move(uint64_t i, uint64_t slot, uint64_t slot_generation, uint64_t record,
+                uint64_t record_generation) {
+    DiskMove move = {};
+    move.ticket = ++tickets;
+    move.slot = slot;
+    move.slot_generation = slot_generation;
+    move.record = record;
+    move.record_generation = record_generation;
+    KeyOf(i, move.key);
+    if (i > 0) KeyOf(i - 1, move.parent);
+    return move;
+  }
+
+  DiskMoved Wait() {
+    for (int turn = 0; turn < 1000; ++turn) {
+      for (const DiskMoved& moved : store->Poll()) return moved;
+      store->Wait(1.0);
+    }
+    CHECK(false);
+    return {};
+  }
+  DiskMoved Write(const DiskMove& move) {
+    CHECK(store->Write(move));
+    return Wait();
+  }
+  DiskMoved Read(const DiskMove& move) {
+    CHECK(store->Read(move));
+    return Wait();
+  }
+
+  TestArena arena;
+  std::vector<SlotTable> tables;
+  DiskOptions options;
+  DiskOpen status = DiskOpen::kError;
+  std::string error;
+  std::unique_ptr<DiskStore> store;
+  uint64_t tickets = 0;
+};
+
+void TestRoundTripAndRestart() {
+  for (const uint32_t n_ranks : {1u, 3u}) {
+    Folder folder;
+    uint64_t checksum = 0;
+    {
+      Bench bench(folder.path, n_ranks);
+      CHECK(bench.status == DiskOpen::kOk);
+      for (uint64_t i = 0; i < 6; ++i) {
+        bench.Fill(i, i, 1);
+        const DiskMoved moved = bench.Write(bench.Move(i, i, 1, i + 2, 5));
+        CHECK(moved.status == DiskStatus::kOk && moved.bytes > 0);
+        checksum = moved.checksum;
+      }
+      const DiskMoved back = bench.Read(bench.Move(5, 20, 1, 7, 5));
+      CHECK(back.status == DiskStatus::kOk && back.checksum == checksum);
+      CHECK(bench.Holds(5, 20, 1));
+      CHECK(bench.store->Drop(2) == 0);
+      CHECK(bench.store->Flush() == 0);
+    }
+    Bench bench(folder.path, n_ranks);
+    DiskRecovered found;
+    CHECK(bench.store->Recovered(&found) == 0);
+    CHECK((found.records == std::vector<int32_t>{3, 4, 5, 6, 7}));
+    CHECK(found.generations == std::vector<uint64_t>(5, 5));
+    CHECK(found.checksums.back() == checksum);
+    CHECK((found.sequences == std::vector<uint64_t>{2, 3, 4, 5, 6}));
+    CHECK(bench.Read(bench.Move(3, 0, 9, 5, 5)).status == DiskStatus::kOk);
+    CHECK(bench.Holds(3, 0, 9));
+    // The next write is later than all that was there.
+    bench.Fill(8, 1, 1);
+    CHECK(bench.Write(bench.Move(8, 1, 1, 2, 1)).status == DiskStatus::kOk);
+    CHECK(bench.store->Clear() == 0);
+    DiskRecovered none;
+    CHECK(bench.store->Recovered(&none) == 0 && none.records.empty());
+  }
+}
+
+void TestWhatIsNotTheBlockIsNotServed() {
+  Folder folder;
+  Bench bench(folder.path);
+  bench.Fill(0, 0, 1);
+  CHECK(bench.Write(bench.Move(0, 0, 1, 4, 3)).status == DiskStatus::kOk);
+  CHECK(bench.Read(bench.Move(1, 9, 1, 4, 3)).status == DiskStatus::kRecord);  // another key
+  CHECK(bench.Read(bench.Move(0, 9, 1, 4, 2)).status == DiskStatus::kRecord);  // another generation
+  CHECK(bench.Read(bench.Move(0, 9, 1, 5, 3)).status == DiskStatus::kRecord);  // never written
+  DiskMove other_group = bench.Move(0, 9, 1, 4, 3);
+  other_group.group = 1;
+  CHECK(bench.Read(other_group).status == DiskStatus::kRecord);
+  CHECK(!bench.tables[0].IsComplete(9, 1));
+  // The arena's slot has moved on, or is another block's.
+  bench.Fill(7, 9, 5);
+  CHECK(bench.Read(bench.Move(0, 9, 1, 4, 3)).status == DiskStatus::kSource);
+  CHECK(bench.Holds(7, 9, 5));
+  CHECK(bench.Write(bench.Move(0, 9, 5, 6, 1)).status == DiskStatus::kSource);
+  CHECK(bench.Write(bench.Move(7, 9, 4, 6, 1)).status == DiskStatus::kSource);
+  // Bytes that changed in the arena since their checksum was taken.
+  bench.tables[0].Data(9)[17] ^= std::byte{1};
+  CHECK(bench.Write(bench.Move(7, 9, 5, 6, 1)).status == DiskStatus::kSource);
+}
+
+void TestAnEmptiedRecordComesBeforeItsNewBlock() {
+  Folder folder;
+  {
+    Bench bench(folder.path, 1, "fail:write:28:6");
+    bench.Fill(0, 0, 1);
+    bench.Fill(1, 1, 1);
+    // A header, then three writes a block: the sixth is the second block's slot.
+    CHECK(bench.Write(bench.Move(0, 0, 1, 0, 1)).status == DiskStatus::kOk);
+    const DiskMoved moved = bench.Write(bench.Move(1, 1, 1, 0, 2));
+    CHECK(moved.status == DiskStatus::kError && moved.error == ENOSPC);
+  }
+  Bench bench(folder.path);
+  DiskRecovered found;
+  CHECK(bench.store->Recovered(&found) == 0 && found.records.empty());
+}
+
+void TestErrorsAreTold() {
+  Folder folder;
+  Bench bench(folder.path, 1, "fail:read:5:1");  // the header was not there to be read
+  bench.Fill(0, 0, 1);
+  CHECK(bench.Write(bench.Move(0, 0, 1, 0, 1)).status == DiskStatus::kOk);
+  const DiskMoved moved = bench.Read(bench.Move(0, 5, 1, 0, 1));
+  CHECK(moved.status == DiskStatus::kError && moved.error == EIO);
+  DiskRecovered found;
+  CHECK(bench.store->Recovered(&found) == EIO);
+  std::string error;
+  for (const char* spec : {"", "kill", "kill:nowhere:1", "fail:write:0:1", "fail:write:28:x",
+                           "tear:1", "sleep:1:1", "kill:after_data:1,"}) {
+    CHECK(FaultyDiskIo(spec, &error) == nullptr);
+  }
+}
+
+void TestWhoOpens() {
+  Folder folder;
+  Bench first(folder.path);
+  CHECK(first.status == DiskOpen::kOk);
+  CHECK(Bench(folder.path).status == DiskOpen::kBusy);
+  first.store.reset();
+  CHECK(Bench(folder.path, 2).status == DiskOpen::kOther);
+  CHECK(Bench(folder.path, 1, "", 3 << 20).status == DiskOpen::kOther);
+  CHECK(Bench(folder.path, 1, "", 9000).status == DiskOpen::kNoRoom);
+  CHECK(Bench(folder.path + "/none").status == DiskOpen::kError);
+  CHECK(Bench(folder.path, 1, "nonsense").status == DiskOpen::kError);
+  struct stat about;
+  for (const char* name : {"/lock", "/table.kvd", "/data.kvd"}) {
+    CHECK(stat((folder.path + name).c_str(), &about) == 0 && (about.st_mode & 0777) == 0600);
+  }
+  std::filesystem::resize_file(folder.path + "/table.kvd", 100);
+  CHECK(Bench(folder.path).status == DiskOpen::kDamaged);
+}
+
+void TestTheQueueHasABound() {
+  Folder folder;
+  Bench bench(folder.path, 1, "", 4 << 20, 1);
+  size_t n_refused = 0;
+  for (uint64_t i = 0; i < kSlots; ++i) bench.Fill(i, i, 1);
+  for (uint64_t turn = 0; turn < 200; ++turn) {
+    n_refused += !bench.store->Write(bench.Move(turn % kSlots, turn % kSlots, 1, turn, 1));
+  }
+  CHECK(n_refused > 0);
+}
+
+// Every kind of damage, anywhere: a read fails or gives the block.
+void TestDamageIsNeverServed() {
+  std::mt19937_64 draw(20261126);
+  uint64_t n_found = 0;
+  for (int round = 0; round < 60; ++round) {
+    Folder folder;
+    constexpr uint64_t kBlocks = 8;
+    {
+      Bench bench(folder.path);
+      for (uint64_t i = 0; i < kBlocks; ++i) {
+        bench.Fill(i, i, 1);
+        CHECK(bench.Write(bench.Move(i, i, 1, i, 1)).status == DiskStatus::kOk);
+      }
+    }
+    const uint64_t slot_bytes = DiskSlotBytes(kShare, 1);
+    const bool in_table = round % 2 == 0;
+    const std::string path = folder.path + (in_table ? "/table.kvd" : "/data.kvd");
+    const uint64_t from = in_table ? sizeof(DiskHeader) : 0;
+    const uint64_t bytes = kBlocks * (in_table ? sizeof(DiskRecord) : slot_bytes);
+    if (round % 10 >= 8) {
+      std::filesystem::resize_file(path, from + draw() % bytes);
+    } else {
+      std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+      const uint64_t n = round % 10 < 4 ? 1 : 512;
+      const uint64_t at = from + draw() % (bytes - n);
+      std::vector<char> some(n);
+      file.seekg(static_cast<std::streamoff>(at))
+          .read(some.data(), static_cast<std::streamsize>(n));
+      for (char& byte : some) byte = n == 1 ? static_cast<char>(byte ^ (1 << draw() % 8)) : char{0};
+      file.seekp(static_cast<std::streamoff>(at))
+          .write(some.data(), static_cast<std::streamsize>(n));
+    }
+    Bench bench(folder.path);
+    CHECK(bench.status == DiskOpen::kOk);
+    DiskRecovered found;
+    CHECK(bench.store->Recovered(&found) == 0);
+    for (size_t k = 0; k < found.records.size(); ++k) {
+      const auto i = static_cast<uint64_t>(found.records[k]);
+      unsigned char key[kKeyBytes];
+      KeyOf(i, key);
+      CHECK(std::memcmp(key, found.keys.data() + k * kKeyBytes, kKeyBytes) == 0);
+      const DiskMoved moved = bench.Read(bench.Move(i, i, 1, i, found.generations[k]));
+      if (moved.status == DiskStatus::kOk) CHECK(bench.Holds(i, i, 1));
+      n_found += moved.status != DiskStatus::kOk;
+    }
+    n_found += kBlocks - found.records.size();
+  }
+  CHECK(n_found >= 50);  // padding may be hit, and hurts nobody
+}
+
+// Writers and readers of different records at once; under TSan and ASan.
+void TestManyMovesAtOnce() {
+  Folder folder;
+  Bench bench(folder.path, 2);
+  for (uint64_t i = 0; i < kSlots / 2; ++i) {
+    bench.Fill(i, i, 1);
+    CHECK(bench.Write(bench.Move(i, i, 1, i, 1)).status == DiskStatus::kOk);
+  }
+  for (uint64_t turn = 0; turn < 8; ++turn) {
+    std::set<uint64_t> open;
+    for (uint64_t i = 0; i < kSlots / 2; ++i) {
+      DiskMove up = bench.Move(i, kSlots / 2 + i, turn + 1, i, 1);
+      DiskMove down = bench.Move(i, i, 1, 100 + i, turn + 1);
+      open.insert(up.ticket);
+      open.insert(down.ticket);
+      CHECK(bench.store->Read(up) && bench.store->Write(down));
+    }
+    while (!open.empty()) {
+      bench.store->Wait(1.0);
+      for (const DiskMoved& moved : bench.store->Poll()) {
+        CHECK(moved.status == DiskStatus::kOk && open.erase(moved.ticket) == 1);
+      }
+    }
+    for (uint64_t i = 0; i < kSlots / 2; ++i) CHECK(bench.Holds(i, kSlots / 2 + i, turn + 1));
+  }
+}
+
+}  // namespace
+}  // namespace kvmem
+
+int main() {
+  kvmem::TestRoundTripAndRestart();
+  kvmem::TestWhatIsNotTheBlockIsNotServed();
+  kvmem::TestAnEmptiedRecordComesBeforeItsNewBlock();
+  kvmem::TestErrorsAreTold();
+  kvmem::TestWhoOpens();
+  kvmem::TestTheQueueHasABound();
+  kvmem::TestDamageIsNeverServed();
+  kvmem::TestManyMovesAtOnce();
+  return 0;
+}
