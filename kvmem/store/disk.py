@@ -1,7 +1,8 @@
 """The disk tier's bytes: moves that the native store makes and checks, and when there is no disk.
 
 A failing disk costs its hits and nothing else (I9): after a failed operation the tier is off, with
-one event, and is tried again ever more rarely until the disk works.
+one event, and is tried again ever more rarely until the disk works. What may take long, or for ever
+on a disk that hangs, is done on a thread of its own: the caller is the engine's scheduler.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,9 @@ class Disk:
         self._retry_s = RETRY_S
         self._retry_at_s = 0.0
         self._written_bytes = 0
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="kvmem-disk")
+        self._trial: Future[bool] | None = None
+        self._trimmed: Future[int] | None = None
         self.folder = claim(root, namespace)
         trim(self.folder, disk_bytes)
         buffer = np.frombuffer(arena.buffer, np.uint8)
@@ -101,13 +106,18 @@ class Disk:
 
     @property
     def on(self) -> bool:
-        """Whether the disk works, as far as is known; a look at it when it is time for one."""
+        """Whether the disk works, as far as is known; it is tried when it is time for that."""
         if self._off_since_s is None:
             return True
         now = self._clock()
-        if now < self._retry_at_s:
+        if self._trial is None:
+            if now >= self._retry_at_s:
+                self._trial = self._aside.submit(self._works)
             return False
-        if not self._works():
+        if not self._trial.done():
+            return False
+        works, self._trial = self._trial.result(), None
+        if not works:
             self._retry_s = min(RETRY_MOST_S, 2 * self._retry_s)
             self._retry_at_s = now + self._retry_s
             return False
@@ -168,13 +178,20 @@ class Disk:
             self._expect(error)
             found.append(Moved(ticket, FAULTS[status], checksum, n_bytes, queued_s, io_s, check_s))
             self._written_bytes += n_bytes
-        if self._written_bytes >= TRIM_BYTES:
-            self._written_bytes = 0
-            try:
-                trim(self.folder, self._bytes, soon_bytes=TRIM_BYTES)
-            except OSError as error:
-                self._failed(error.strerror or str(error))
+        self._trim()
         return found
+
+    def _trim(self) -> None:
+        """Has room made in the path, among stores that nobody has open (I7)."""
+        if self._trimmed is not None and self._trimmed.done():
+            error, self._trimmed = self._trimmed.exception(), None
+            if error is not None:
+                self._failed(str(error))
+        if self._written_bytes >= TRIM_BYTES and self._trimmed is None:
+            self._written_bytes = 0
+            self._trimmed = self._aside.submit(
+                trim, self.folder, self._bytes, soon_bytes=2 * TRIM_BYTES
+            )
 
     def wait(self, seconds: float) -> None:
         """Returns when a move is over, or after so long."""
@@ -182,6 +199,7 @@ class Disk:
 
     def close(self) -> None:
         """Ends what is queued and lets go of the folder."""
+        self._aside.shutdown(wait=False, cancel_futures=True)
         self._store.close()
 
     # -- a disk that fails -------------------------------------------------------------------
