@@ -232,6 +232,7 @@ CASES = [
     ("hybrid", False, False),
     ("hybrid", True, True),
     ("windows", True, False),
+    ("chunks", False, True),
 ]
 assert {groups for groups, _, _ in CASES} == set(GROUPS)
 

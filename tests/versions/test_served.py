@@ -94,10 +94,16 @@ def cold_native_host(engine: Engine, tokens: list[int]) -> tuple[Turn, Turn, Tur
 def test_a_stored_prompt_comes_back_from_the_host_token_by_token(host: EngineHost) -> None:
     cold, native, restored, stored, loaded = host.run(cold_native_host, prompt(700, 1))
     whole = 699 // BLOCK * BLOCK
-    assert cold.receipt["tokens"] == {"prompt": 700, "device": 0, "host": 0, "computed": 700}
+    assert cold.receipt["tokens"] == {
+        "prompt": 700,
+        "device": 0,
+        "host": 0,
+        "disk": 0,
+        "computed": 700,
+    }
     assert native.receipt["tokens"]["device"] == whole
     assert restored.receipt["tokens"] == {
-        "prompt": 700, "device": 0, "host": whole, "computed": 700 - whole,
+        "prompt": 700, "device": 0, "host": whole, "disk": 0, "computed": 700 - whole,
     }  # fmt: skip
     assert restored.cached == whole
     assert stored == (700 + len(cold.tokens) - 1) // BLOCK  # the reply completes one more
