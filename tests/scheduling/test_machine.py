@@ -232,9 +232,9 @@ CASES = [
     ("hybrid", False, False),
     ("hybrid", True, True),
     ("windows", True, False),
-    ("chunks", False, True),
 ]
-assert {groups for groups, _, _ in CASES} == set(GROUPS)
+# Chunks differ from windows in where they begin, which test_groups.py has.
+assert {groups for groups, _, _ in CASES} == set(GROUPS) - {"chunks"}
 
 
 @pytest.mark.slow
