@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind/arrays.h"
 #include "bind/bind.h"
 #include "disk/disk_store.h"
 
@@ -20,17 +21,6 @@ namespace {
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 using Buffer = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-template <typename T>
-nb::object ToNumpy(std::vector<T>&& values) {
-  auto owned = std::make_unique<std::vector<T>>(std::move(values));
-  T* const data = owned->data();
-  const size_t n = owned->size();
-  const nb::capsule owner(owned.get(),
-                          [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  static_cast<void>(owned.release());
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(data, {n}, owner));
-}
 
 void Require(bool holds, const std::string& message) {
   if (!holds) throw nb::value_error(message.c_str());

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bind/arrays.h"
 #include "bind/bind.h"
 #include "bind/keys.h"
 #include "pool/host_tier.h"
@@ -18,18 +19,6 @@ namespace {
 
 template <typename T>
 using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-// A numpy array that owns what was the vector's.
-template <typename T>
-nb::object ToNumpy(std::vector<T>&& values) {
-  auto owned = std::make_unique<std::vector<T>>(std::move(values));
-  T* const data = owned->data();
-  const size_t n = owned->size();
-  const nb::capsule owner(owned.get(),
-                          [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  owned.release();
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(data, {n}, owner));
-}
 
 [[noreturn]] void RaiseValue(const std::string& message) { throw nb::value_error(message.c_str()); }
 

@@ -425,6 +425,11 @@ class Cache:
     # -- the disk ----------------------------------------------------------------------------
 
     @property
+    def has_disk(self) -> bool:
+        """Whether there is one below, working or not."""
+        return self._moves is not None
+
+    @property
     def waits_for_disk(self) -> bool:
         """Whether a request does."""
         return any(promotion.reads for promotion in self._promotions.values())

@@ -60,6 +60,9 @@ class Mover(Protocol):
     def poll(self) -> list[Moved]:
         """Moves that are over."""
 
+    def too_slow(self, seconds: float) -> None:
+        """A read took so long: it is to be off for a while."""
+
     def wait(self, seconds: float) -> None:
         """Returns when a move is over, or after so long."""
 
@@ -261,7 +264,10 @@ class Moves:
             batch.waiting.append(promotion)
 
     def give_up(self, promotion: Promotion) -> None:
-        """Nobody waits for it any more; the reads go on and serve others."""
+        """Nobody waits for it any more; the reads go on and serve others. A disk that did not
+        answer in time is not asked for a while, or each next request would wait as long."""
+        if promotion.reads and promotion.took_s is not None:
+            self._mover.too_slow(promotion.took_s)
         for batch in promotion.reads:
             batch.waiting.remove(promotion)
         promotion.reads.clear()

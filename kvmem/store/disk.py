@@ -30,6 +30,7 @@ RETRY_MOST_S = 300.0
 # Other models' stores are looked at each time so much was written.
 TRIM_BYTES = 256 << 20
 PROBE = "probe"
+TRIES = 16  # of engines that start at the same moment, each is there before us once at most
 
 
 class Disk:
@@ -69,22 +70,27 @@ class Disk:
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="kvmem-disk")
         self._trial: Future[bool] | None = None
         self._trimmed: Future[int] | None = None
-        self.folder = claim(root, namespace)
-        trim(self.folder, disk_bytes)
         buffer = np.frombuffer(arena.buffer, np.uint8)
-        self._store = self._open(buffer, namespace, faults)
+        self.folder, self._store = self._open(root, buffer, namespace, faults)
+        trim(self.folder, disk_bytes, soon_bytes=2 * TRIM_BYTES)
 
-    def _open(self, buffer: np.ndarray, namespace: bytes, faults: str) -> DiskStore:
-        for _ in range(2):
+    def _open(
+        self, root: Path, buffer: np.ndarray, namespace: bytes, faults: str
+    ) -> tuple[Path, DiskStore]:
+        for _ in range(TRIES):
+            folder = claim(root, namespace)
             try:
-                return DiskStore(str(self.folder), buffer, self._bytes, namespace, faults=faults)
+                store = DiskStore(str(folder), buffer, self._bytes, namespace, faults=faults)
             except OSError as error:
                 what, sentence = error.args
-            # Another budget, version or layout: what is there can't be used, and nothing else can
-            # use it. A damaged header has lost which records are whose.
-            if what not in ("other", "damaged"):
-                break
-            start_anew(self.folder)
+            else:
+                return folder, store
+            if what in ("other", "damaged"):
+                # Another budget, version or layout: what is there can't be used, and nothing else
+                # can use it. A damaged header has lost which records are whose.
+                start_anew(folder)
+            elif what != "busy" and folder.is_dir():
+                break  # else another engine, starting or trimming, was there between the two steps
         if what == "no_room":
             raise CapacityError(
                 f"kvmem's setting 'disk_gb' is too small: {sentence}",
@@ -192,6 +198,10 @@ class Disk:
             self._trimmed = self._aside.submit(
                 trim, self.folder, self._bytes, soon_bytes=2 * TRIM_BYTES
             )
+
+    def too_slow(self, seconds: float) -> None:
+        """A read took so long: the disk hangs, or has more to do than it can."""
+        self._failed(f"no answer in {seconds:.1f} s")
 
     def wait(self, seconds: float) -> None:
         """Returns when a move is over, or after so long."""

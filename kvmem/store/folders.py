@@ -28,6 +28,7 @@ __all__ = ["LOCK", "Folder", "claim", "folders", "start_anew", "trim"]
 
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{1,3})")
 _SIDE_BY_SIDE = 100
+_GONE = ".gone"
 LOCK = "lock"
 FILES = ("table.kvd", "data.kvd")
 
@@ -71,7 +72,7 @@ def claim(root: Path, namespace: bytes) -> Path:
             taken = {f.path.name for f in there}
             names = (f"{mine}-{n}" for n in range(_SIDE_BY_SIDE))
             own = root / next(name for name in names if name not in taken)
-            own.mkdir(mode=0o700)
+            own.mkdir(mode=0o700, exist_ok=True)  # two that start at once: one opens it
         os.utime(own)
     except (OSError, StopIteration) as error:
         why = error.strerror if isinstance(error, OSError) else "a hundred stores are in use"
@@ -86,6 +87,9 @@ def claim(root: Path, namespace: bytes) -> Path:
 def trim(own: Path, n_bytes: int, *, soon_bytes: int = 0) -> int:
     """Removes stores that nobody has open, least recently used first, until they, `own` and what
     it will take `soon` are within `n_bytes` (I7); the answer is how many went."""
+    for path in own.parent.glob(f"*{_GONE}"):  # of one that was killed here
+        if _NAME.fullmatch(path.name.removesuffix(_GONE)) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # another engine may be at it too
     there = folders(own.parent)
     idle = [folder for folder in there if folder.free and folder.path != own]
     used = soon_bytes + sum(f.n_bytes for f in there if f.path == own or f in idle)
@@ -95,14 +99,17 @@ def trim(own: Path, n_bytes: int, *, soon_bytes: int = 0) -> int:
             break
         with _locked(folder.path) as held:
             if held:
-                shutil.rmtree(folder.path)
+                # Out of the way first: who opens it from now on finds nothing there.
+                gone_path = folder.path.with_name(folder.path.name + _GONE)
+                folder.path.rename(gone_path)
+                shutil.rmtree(gone_path)
                 used -= folder.n_bytes
                 gone += 1
     return gone
 
 
 def start_anew(own: Path) -> None:
-    """Removes a store's files from a folder that was claimed."""
+    """Removes a store's files, if nobody has it open."""
     with _locked(own) as held:
         if held:
             for name in FILES:

@@ -22,6 +22,7 @@ from kvmem import events
 from kvmem._core import SlotCopier, xxh3_64
 from kvmem.cache import Cache
 from kvmem.errors import CapacityError, ConfigError
+from kvmem.store import disk as disk_module
 from kvmem.store.arena import Arena, sweep
 from kvmem.store.disk import RETRY_S, Disk
 from kvmem.types import GroupShape
@@ -198,7 +199,9 @@ def test_what_was_evicted_is_not_there_after_a_restart(start: Callable[..., Host
     for seed in range(12):
         first.put(keys(4, seed))
         first.settle()
-    there = [first.cache._moves.disk.match(keys(4, seed)) for seed in range(12)]  # type: ignore[union-attr]
+    moves = first.cache._moves
+    assert moves is not None
+    there = [moves.disk.match(keys(4, seed)) for seed in range(12)]
     assert 0 in there
     first.close()
     second = start(disk_bytes=200_000)
@@ -338,6 +341,43 @@ def test_two_engines_side_by_side_have_a_store_each(start: Callable[..., Host]) 
     assert (first.get(keys(4)), second.get(keys(4))) == (4, 4)
 
 
+def test_a_folder_that_was_taken_between_two_steps_is_not_waited_for(
+    start: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines that start at the same moment see the same free folder."""
+    first = start()
+    real, asked = disk_module.claim, []
+
+    def claim(root: Path, namespace: bytes) -> Path:
+        asked.append(root)
+        return first.disk.folder if len(asked) == 1 else real(root, namespace)
+
+    monkeypatch.setattr(disk_module, "claim", claim)
+    second = start()
+    assert len(asked) == 2
+    assert second.disk.folder != first.disk.folder
+
+
+def test_a_folder_that_was_removed_between_two_steps_is_made_again(
+    start: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = disk_module.claim, []
+
+    def claim(root: Path, namespace: bytes) -> Path:
+        folder = real(root, namespace)
+        asked.append(folder)
+        if len(asked) == 1:
+            shutil.rmtree(folder)
+        return folder
+
+    monkeypatch.setattr(disk_module, "claim", claim)
+    host = start()
+    assert len(asked) == 2
+    host.put(keys(3))
+    host.forget()
+    assert host.get(keys(3)) == 3
+
+
 class Clock:
     now = 0.0
 
@@ -369,8 +409,7 @@ def test_a_disk_that_cannot_be_read_is_a_miss_until_it_can(start: Callable[..., 
     host, chain = start(faults=f"fail:read:{errno.EIO}:10", clock=clock), keys(3)
     host.put(chain)
     host.forget()
-    counts = [host.get(chain, f"r{i}") for i in range(2)]
-    assert counts[0] == 3
+    assert host.get(chain) == 3
     for _ in range(12):
         host.cache._tier.clear()
         host.get(chain)
@@ -395,11 +434,13 @@ def test_a_folder_that_vanished_turns_the_disk_off_until_it_is_back(
     assert tried(host)
 
 
-def test_a_disk_that_hangs_holds_nobody_up(start: Callable[..., Host]) -> None:
+def test_a_disk_that_hangs_holds_nobody_up(
+    start: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, hangs = Clock(), threading.Event()
     host = start(clock=clock)
     host.disk._failed("Input/output error")
-    host.disk._works = lambda: hangs.wait(60)  # type: ignore[method-assign]
+    monkeypatch.setattr(host.disk, "_works", lambda: hangs.wait(60))
     clock.now = RETRY_S + 1
     assert [host.disk.on for _ in range(3)] == [False] * 3
     host.put(keys(4))

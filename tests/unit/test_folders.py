@@ -67,6 +67,15 @@ def test_a_store_that_is_open_is_never_removed_and_not_counted(tmp_path: Path) -
     assert not other.exists()
 
 
+def test_what_a_killed_engine_was_removing_goes_with_the_next(tmp_path: Path) -> None:
+    own, other = claim(tmp_path, A), claim(tmp_path, B)
+    fill(other, MIB, 1000.0)
+    left = other.rename(other.with_name(other.name + ".gone"))
+    assert [f.path for f in folders(tmp_path)] == [own]  # nobody opens it
+    trim(own, 10 * MIB)
+    assert not left.exists()
+
+
 def test_nothing_else_is_touched(tmp_path: Path) -> None:
     own = claim(tmp_path, A)
     others = [tmp_path / "photos", tmp_path / ("cc" * 16), tmp_path / ("cc" * 16 + "-0x")]

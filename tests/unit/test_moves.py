@@ -10,7 +10,7 @@ import pytest
 
 from kvmem import events
 from kvmem.cache import Cache
-from kvmem.cache.moves import PATIENCE_S
+from kvmem.cache.moves import PATIENCE_S, Moves
 from kvmem.types import GroupShape, Move, Moved
 
 FULL, STATE = GroupShape(16), GroupShape(16, 1)
@@ -35,6 +35,7 @@ class Disk:
         self.order: list[bytes] = []  # keys as they were written
         self.faults: dict[bytes, str] = {}
         self.waits = 0
+        self.too_slow_s: list[float] = []
         self._queue = queue
 
     def recovered(self) -> None:
@@ -71,6 +72,9 @@ class Disk:
         self.begun.clear()
         return done
 
+    def too_slow(self, seconds: float) -> None:
+        self.too_slow_s.append(seconds)
+
     def wait(self, seconds: float) -> None:
         self.waits += 1
 
@@ -106,6 +110,11 @@ def put(cache: Cache, chain: list[bytes], group: int = 0, blocks: Any = None) ->
     room = cache.reserve("w", group, chain, blocks)
     cache.publish(room.slots, room.generations, np.ones(len(room.slots), np.uint64))
     cache.demote(group, chain, blocks)
+
+
+def below(cache: Cache) -> Moves:
+    assert cache._moves is not None
+    return cache._moves
 
 
 def forget_host(cache: Cache) -> None:
@@ -159,15 +168,17 @@ def test_nothing_is_copied_twice(cache: Cache, disk: Disk) -> None:
     assert disk.begun == []
 
 
-def test_two_requests_share_one_read(cache: Cache, disk: Disk) -> None:
+def test_two_requests_share_one_read(
+    cache: Cache, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(cache, KEYS)
     cache.settle()
     forget_host(cache)
     assert ask(cache, who="a").coming
-    cache._moves.poll = lambda: None  # type: ignore[union-attr,method-assign]
+    monkeypatch.setattr(below(cache), "poll", lambda: None)
     assert ask(cache, who="b").coming
     assert len(disk.begun) == N
-    del cache._moves.poll  # type: ignore[union-attr]
+    monkeypatch.undo()
     assert [ask(cache, who=who).stop for who in "ab"] == [96, 96]
     cache.release("a")
     cache.release("b")
@@ -186,7 +197,7 @@ def test_a_block_that_fails_its_check_and_all_below_it_are_not_served(
     assert grant.stop == 32
     (told,) = [e for e in cache.bus.recent() if isinstance(e, events.Quarantined)]
     assert (told.tier, told.blocks) == ("disk", 4)
-    assert cache._moves.disk.match(KEYS) == 2  # type: ignore[union-attr]
+    assert below(cache).disk.match(KEYS) == 2
     assert cache.check_integrity() == []
 
 
@@ -194,13 +205,13 @@ def test_a_write_that_fails_takes_what_hangs_below_it_along(cache: Cache, disk: 
     disk.faults[KEYS[2]] = "io"
     put(cache, KEYS)
     cache.settle()
-    assert cache._moves.disk.match(KEYS) == 2  # type: ignore[union-attr]
+    assert below(cache).disk.match(KEYS) == 2
     # Those below it were written all the same: their records are dropped.
     assert {key for key, _ in disk.records.values()} == set(KEYS[:2])
     disk.faults.clear()
     cache.demote(0, KEYS, [N - 1])  # the next block of the prompt fills the hole
     cache.settle()
-    assert cache._moves.disk.match(KEYS) == N  # type: ignore[union-attr]
+    assert below(cache).disk.match(KEYS) == N
 
 
 def test_a_full_queue_costs_the_rest_of_the_chain_and_no_lease(clock: Clock) -> None:
@@ -209,23 +220,30 @@ def test_a_full_queue_costs_the_rest_of_the_chain_and_no_lease(clock: Clock) -> 
     put(cache, KEYS)
     assert cache.stats()["disk"]["refused"] == N - 2
     cache.settle()
-    assert cache._moves.disk.match(KEYS) == 2  # type: ignore[union-attr]
+    assert below(cache).disk.match(KEYS) == 2
     assert cache.stats()["leases"] == 0
     assert cache.check_integrity() == []
 
 
-def test_a_disk_that_is_too_slow_is_not_waited_for(cache: Cache, disk: Disk, clock: Clock) -> None:
+def test_a_disk_that_is_too_slow_is_not_waited_for(
+    cache: Cache, disk: Disk, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(cache, KEYS)
     cache.settle()
     forget_host(cache)
     assert ask(cache).coming
-    cache._moves.poll = lambda: None  # type: ignore[union-attr,method-assign]
+    monkeypatch.setattr(below(cache), "poll", lambda: None)
     clock.now = PATIENCE_S / 2
     assert ask(cache).coming
     clock.now = PATIENCE_S + 1
     grant = ask(cache)
     assert (grant.coming, grant.stop) == (False, 0)
-    del cache._moves.poll  # type: ignore[union-attr]
+    assert disk.too_slow_s == [PATIENCE_S + 1]
+    disk.on = False
+    assert not ask(cache, who="next").coming  # who would have waited as long
+    disk.on = True
+    cache.release("next")
+    monkeypatch.undo()
     cache.release("r")
     cache.settle()
     assert ask(cache, who="later").stop == 96
@@ -235,14 +253,11 @@ def test_a_disk_that_is_too_slow_is_not_waited_for(cache: Cache, disk: Disk, clo
 
 def test_a_host_without_room_for_all_of_it_is_asked_once(disk: Disk, clock: Clock) -> None:
     cache = make(disk, clock, n_slots=4)
-    for n in (3, 6):  # the host never holds all six
-        room = cache.reserve("w", 0, KEYS[:3], range(3)) if n == 3 else None
-        if room is not None:
-            cache.publish(room.slots, room.generations, np.ones(3, np.uint64))
-            cache.demote(0, KEYS[:3], range(3))
-            cache.settle()
-    records = cache._moves.disk.reserve(KEYS, 3, 6)  # type: ignore[union-attr]
-    cache._moves.disk.publish(records[1], records[2], np.ones(3, np.uint64))  # type: ignore[union-attr]
+    put(cache, KEYS[:3])
+    cache.settle()
+    # The host never holds all six: the others are there from an earlier run.
+    records = below(cache).disk.reserve(KEYS, 3, 6)
+    below(cache).disk.publish(records[1], records[2], np.ones(3, np.uint64))
     for i, record, generation in zip(*(a.tolist() for a in records[:3]), strict=True):
         disk.records[record] = (KEYS[i], generation)
     forget_host(cache)

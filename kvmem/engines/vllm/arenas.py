@@ -1,4 +1,4 @@
-"""The names of engines' arenas, so that vLLM's API servers find the one of their own engine.
+"""An engine's arena and the disk below it; the arena's name, by which vLLM's API servers find it.
 
 An engine that was given no name by the setting `arena` takes its connector's engine id and its
 pid. vLLM makes that id once, as it reads its flags: all API servers of an engine have the same.
@@ -12,14 +12,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmem import events
 from kvmem.config import Config
+from kvmem.engines.vllm.geometry import Geometry
 from kvmem.engines.vllm.plugin import CONNECTOR_NAME
-from kvmem.store import Arena, list_live
+from kvmem.errors import CapacityError
+from kvmem.store import Arena, Disk, list_live
+from kvmem.store.layout import slots_within
+from kvmem.types import Namespace
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVTransferConfig, VllmConfig
 
-__all__ = ["arena_name", "arenas_of"]
+__all__ = ["arena_name", "arenas_of", "make_arena", "open_disk"]
 
 ID_CHARACTERS = 40
 
@@ -27,6 +32,52 @@ ID_CHARACTERS = 40
 def arena_name(config: Config, engine_id: str) -> str:
     """The name of the arena that this process makes."""
     return config.arena or f"{_stem(engine_id)}-{os.getpid()}"
+
+
+def make_arena(
+    config: Config, vllm_config: VllmConfig, geometry: Geometry, namespace: Namespace
+) -> Arena:
+    """This engine's arena, of as many slots as host_gb holds.
+
+    Raises:
+        CapacityError, ConfigError, ArenaInUse: naming the setting.
+    """
+    slot_bytes = geometry.slot_bytes
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    n_slots = slots_within(config.host_bytes, slot_bytes, ranks=ranks)
+    if n_slots < 1:
+        raise CapacityError(
+            f"kvmem's host_gb of {config.host_gb} holds no block of "
+            f"{slot_bytes * ranks:,} bytes ({geometry.block_tokens} tokens)",
+            next_step=f"Set host_gb to at least {slot_bytes * ranks / 2**30:.3f}, "
+            "or a smaller --block-size.",
+            setting="host_gb",
+        )
+    transfer = vllm_config.kv_transfer_config
+    return Arena.create(
+        arena_name(config, str(transfer and transfer.engine_id)),
+        n_slots=n_slots,
+        slot_bytes=slot_bytes,
+        namespace=namespace.digest,
+        ranks=ranks,
+        label=str(vllm_config.model_config.model),
+    )
+
+
+def open_disk(config: Config, arena: Arena, namespace: Namespace, bus: events.Bus) -> Disk | None:
+    """The disk below the arena, where disk_gb asks for one; without it the arena goes too.
+
+    Raises:
+        CapacityError, ConfigError: naming the setting.
+    """
+    if not config.disk_bytes:
+        return None
+    try:
+        root = Path(config.disk_path).expanduser()
+        return Disk(root, config.disk_bytes, arena, namespace.digest, bus)
+    except BaseException:
+        arena.close(unlink=True)
+        raise
 
 
 def arenas_of(transfer: KVTransferConfig | None) -> list[Path]:

@@ -7,7 +7,6 @@ One thread calls it, the engine's scheduler. Nothing is copied here. Per request
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from kvmem import events
 from kvmem.cache import Cache, Grant, Part
 from kvmem.config import Config
 from kvmem.engines.vllm import support
-from kvmem.engines.vllm.arenas import arena_name
+from kvmem.engines.vllm.arenas import make_arena, open_disk
 from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.namespace import namespace_of
@@ -34,10 +33,7 @@ from kvmem.engines.vllm.wire import (
     LoadPart,
     Orders,
 )
-from kvmem.errors import CapacityError
-from kvmem.store.arena import Arena, sweep
-from kvmem.store.disk import Disk
-from kvmem.store.layout import slots_within
+from kvmem.store.arena import sweep
 from kvmem.store.switch import Switch, SwitchReader
 
 if TYPE_CHECKING:
@@ -73,8 +69,8 @@ class SchedulerHalf:
         self.namespace = namespace_of(config, vllm_config, kv_cache_config, self.geometry)
         self.bus = events.Bus()
         self.reclaimed = sweep()
-        self.arena = self._make_arena(vllm_config)
-        self.disk = self._open_disk()
+        self.arena = make_arena(config, vllm_config, self.geometry, self.namespace)
+        self.disk = open_disk(config, self.arena, self.namespace, self.bus)
         self.cache = Cache(
             self.arena.header.n_slots,
             self.geometry.shapes,
@@ -111,42 +107,6 @@ class SchedulerHalf:
     def _switched(self, now: Switch) -> None:
         self.bus.emit(events.Switched(loads=now.loads, stores=now.stores))
         self.page.touch()
-
-    def _make_arena(self, vllm_config: VllmConfig) -> Arena:
-        slot_bytes = self.geometry.slot_bytes
-        n_slots = slots_within(self.config.host_bytes, slot_bytes, ranks=self.ranks)
-        if n_slots < 1:
-            raise CapacityError(
-                f"kvmem's host_gb of {self.config.host_gb} holds no block of "
-                f"{slot_bytes * self.ranks:,} bytes ({self.geometry.block_tokens} tokens)",
-                next_step=f"Set host_gb to at least {slot_bytes * self.ranks / 2**30:.3f}, "
-                "or a smaller --block-size.",
-                setting="host_gb",
-            )
-        transfer = vllm_config.kv_transfer_config
-        return Arena.create(
-            arena_name(self.config, str(transfer and transfer.engine_id)),
-            n_slots=n_slots,
-            slot_bytes=slot_bytes,
-            namespace=self.namespace.digest,
-            ranks=self.ranks,
-            label=str(vllm_config.model_config.model),
-        )
-
-    def _open_disk(self) -> Disk | None:
-        if not self.config.disk_bytes:
-            return None
-        try:
-            return Disk(
-                Path(self.config.disk_path).expanduser(),
-                self.config.disk_bytes,
-                self.arena,
-                self.namespace.digest,
-                self.bus,
-            )
-        except BaseException:
-            self.arena.close(unlink=True)
-            raise
 
     def bind(self, device_pool: BlockPool) -> None:
         """The engine's own block pool, to see what a reset left in it."""

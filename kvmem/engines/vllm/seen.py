@@ -54,7 +54,8 @@ class Seen:
 @dataclass(slots=True)
 class Outstanding:
     """Slots reserved by one request in one step, not yet acknowledged: for blocks of a group up to
-    block `stop`. `keys` are those of all blocks up to there, `blocks` which of them got a slot."""
+    block `stop`. `keys` are those of all blocks up to there, for the
+    disk if there is one; `blocks` which of them got a slot."""
 
     request_id: str
     group: int

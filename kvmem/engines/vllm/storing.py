@@ -117,7 +117,8 @@ class Storing:
         request_id, keys = seen.request.request_id, seen.keys.of(group)
         room = self._cache.reserve(request_id, group, keys, blocks)
         stop = blocks[-1] + 1
-        if len(room.index):  # first of all: what is reserved is given back whatever happens
+        chosen = room.index.tolist()
+        if chosen:  # first of all: what is reserved is given back whatever happens
             self.outstanding.setdefault(orders.sequence, []).append(
                 Outstanding(
                     request_id=request_id,
@@ -125,16 +126,15 @@ class Storing:
                     stop=stop,
                     slots=room.slots,
                     generations=room.generations,
-                    keys=keys[:stop],
-                    blocks=room.index.tolist(),
+                    keys=keys[:stop] if self._cache.has_disk else [],
+                    blocks=chosen,
                 )
             )
         seen.receipt.refused += room.refused
         self._totals.refused += room.refused
-        if not len(room.index):
+        if not chosen:
             self._cache.hold(request_id, group, keys, stop)
             return
-        chosen = room.index.tolist()
         orders.stores.append(
             Store(
                 request_id=request_id,
