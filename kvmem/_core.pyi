@@ -168,6 +168,11 @@ class HostTier:
             ValueError: unknown lease.
         """
 
+    def evict(self, n: int) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Evicts up to n blocks, as `reserve` does where it must; whose slots they were.
+        """
+
     def reserve(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], start: int, stop: int) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], str]:
         """
         Takes slots for those of blocks [start, stop) that are not here, evicting if it must.
@@ -301,9 +306,11 @@ class DiskStore:
     Any thread may call. Keeps the arena's buffer alive until it goes.
     """
 
-    def __init__(self, folder: str, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], disk_bytes: int, namespace: bytes, threads: int = 2, queue: int = 256, faults: str = '') -> None:
+    def __init__(self, folder: str, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], disk_bytes: int, namespace: bytes, threads: int = 2, queue: int = 256, codec: bool = True, flush_s: float = 5.0, faults: str = '') -> None:
         """
-        The folder is there and private. `faults` is for tests: csrc/disk/disk_io.h.
+        The folder is there and private. `codec`: blocks are stored shorter where that pays.
+        A power cut undoes no write older than `flush_s`.
+        `faults` is for tests: csrc/disk/disk_io.h.
 
         Raises:
             OSError: args are what and a sentence; what is busy (another has it open), other
@@ -327,7 +334,7 @@ class DiskStore:
         """
         Operations that are over: (ticket, status, errno, checksum, bytes, queued_s, io_s,
         check_s). Status 0 ok, 1 the slot is not that block, 2 the record is not, 3 the disk
-        failed. `checksum` is what the receiving index publishes the block with.
+        failed, 4 there is no room; ticket 0 is a flush that failed. `checksum` is what the receiving index publishes the block with.
         """
 
     def wait(self, seconds: float) -> None:
@@ -336,10 +343,11 @@ class DiskStore:
     def flush(self) -> int:
         """What is written survives a power cut; 0 or errno."""
 
-    def recovered(self) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint8], numpy.typing.NDArray[numpy.uint8]]:
+    def recovered(self) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint8], numpy.typing.NDArray[numpy.uint8]]:
         """
-        What was there at the start: records, generations, checksums, sequences, keys [n*32],
-        parents [n*32], of the records that are sound.
+        What was there at the start, least recently written first: records, generations,
+        checksums, keys [n*32], parents [n*32], of the records that are sound. Once, before any
+        other operation.
         """
 
     def close(self) -> None:
@@ -349,7 +357,22 @@ class DiskStore:
     def n_records(self) -> int: ...
 
     @property
-    def slot_bytes(self) -> int: ...
+    def slot_bytes(self) -> int:
+        """Of a block as it is."""
+
+    @property
+    def room(self) -> int:
+        """
+        Blocks as they are that there is room for, beyond those that are queued.
+        """
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the file that blocks have."""
+
+    @property
+    def codec(self) -> bool:
+        """Whether blocks may be stored shorter."""
 
     @property
     def direct(self) -> bool:

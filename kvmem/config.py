@@ -26,6 +26,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host_gb: Annotated[float, Meta(gt=0.0, le=1048576.0)] = 4.0
     disk_gb: Annotated[float, Meta(ge=0.0, le=1048576.0)] = 0.0
     disk_path: Annotated[str, Meta(min_length=1)] = "~/.cache/kvmem/blocks"
+    disk_codec: Literal["auto", "none"] = "auto"
     arena: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] | None = None
     eviction: Literal["s3fifo", "lru"] = "s3fifo"
     load: bool = True
@@ -113,6 +114,12 @@ _document(
     "folder",
     "Where the disk tier lies: a local, fast disk. Engines of other models may share it.",
     "What is in it counts towards disk_gb.",
+)
+_document(
+    "disk_codec",
+    "auto or none",
+    "auto stores blocks shorter, and exact, where measuring the first of them shows that it pays.",
+    "zstd on the disk's own threads, at a write and at a read.",
 )
 _document(
     "arena",

@@ -90,7 +90,7 @@ class Moved(msgspec.Struct, frozen=True):
 
     `checksum` is what the receiving tier publishes the block with. `fault` is empty where all went
     well; "record" where the disk's block is not what it should be, "source" where the host's slot
-    was not, "io" where the disk failed.
+    was not, "io" where the disk failed, "room" where it had none in one piece.
     """
 
     ticket: int

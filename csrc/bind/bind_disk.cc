@@ -53,10 +53,12 @@ const char* NameOf(DiskOpen status) {
 class PyDiskStore {
  public:
   PyDiskStore(const std::string& folder, Buffer arena, int64_t disk_bytes,
-              const nb::bytes& name_space, int threads, int64_t queue, const std::string& faults)
+              const nb::bytes& name_space, int threads, int64_t queue, bool codec, double flush_s,
+              const std::string& faults)
       : arena_(std::move(arena)) {
     Require(disk_bytes > 0, "disk_bytes must be positive");
     Require(threads >= 1 && threads <= 16, "threads must be 1 to 16");
+    Require(flush_s >= 0 && flush_s <= 3600, "flush_s must be 0 to 3600");
     Require(queue >= 1 && queue <= 1 << 20, "queue must be 1 to 1048576");
     unsigned char of[kKeyBytes];
     CopyKey(name_space, of, "namespace");
@@ -74,6 +76,8 @@ class PyDiskStore {
     options.disk_bytes = static_cast<uint64_t>(disk_bytes);
     options.n_threads = threads;
     options.queue = static_cast<size_t>(queue);
+    options.codec = codec;
+    options.flush_s = flush_s;
     options.faults = faults;
     DiskOpen status = DiskOpen::kError;
     store_ = DiskStore::Open(options, tables, of, &status, &error);
@@ -145,8 +149,8 @@ class PyDiskStore {
       throw nb::python_error();
     }
     return nb::make_tuple(ToNumpy(std::move(found.records)), ToNumpy(std::move(found.generations)),
-                          ToNumpy(std::move(found.checksums)), ToNumpy(std::move(found.sequences)),
-                          ToNumpy(std::move(found.keys)), ToNumpy(std::move(found.parents)));
+                          ToNumpy(std::move(found.checksums)), ToNumpy(std::move(found.keys)),
+                          ToNumpy(std::move(found.parents)));
   }
 
   void Close() {
@@ -157,6 +161,9 @@ class PyDiskStore {
   uint64_t n_records() { return Opened().n_records(); }
   uint64_t slot_bytes() { return Opened().slot_bytes(); }
   bool direct() { return Opened().direct(); }
+  uint64_t room() { return Opened().Room(); }
+  uint64_t used_bytes() { return Opened().used_bytes(); }
+  bool codec() { return Opened().codec(); }
 
  private:
   DiskStore& Opened() {
@@ -178,11 +185,13 @@ void RegisterDisk(nb::module_& m) {
       m, "DiskStore",
       "Moves blocks between an arena's slots and numbered records of a folder, and checks them.\n\n"
       "Any thread may call. Keeps the arena's buffer alive until it goes.")
-      .def(nb::init<const std::string&, Buffer, int64_t, const nb::bytes&, int, int64_t,
-                    const std::string&>(),
+      .def(nb::init<const std::string&, Buffer, int64_t, const nb::bytes&, int, int64_t, bool,
+                    double, const std::string&>(),
            "folder"_a, "arena"_a.noconvert(), "disk_bytes"_a, "namespace"_a, "threads"_a = 2,
-           "queue"_a = 256, "faults"_a = "",
-           "The folder is there and private. `faults` is for tests: csrc/disk/disk_io.h.\n\n"
+           "queue"_a = 256, "codec"_a = true, "flush_s"_a = 5.0, "faults"_a = "",
+           "The folder is there and private. `codec`: blocks are stored shorter where that pays.\n"
+           "A power cut undoes no write older than `flush_s`.\n"
+           "`faults` is for tests: csrc/disk/disk_io.h.\n\n"
            "Raises:\n"
            "    OSError: args are what and a sentence; what is busy (another has it open), other\n"
            "        (another version, model or size), damaged, no_room or error.\n"
@@ -197,20 +206,27 @@ void RegisterDisk(nb::module_& m) {
            nb::sig("def poll(self) -> list[tuple[int, int, int, int, int, float, float, float]]"),
            "Operations that are over: (ticket, status, errno, checksum, bytes, queued_s, io_s,\n"
            "check_s). Status 0 ok, 1 the slot is not that block, 2 the record is not, 3 the disk\n"
-           "failed. `checksum` is what the receiving index publishes the block with.")
+           "failed, 4 there is no room; ticket 0 is a flush that failed. `checksum` is what the "
+           "receiving index publishes the block with.")
       .def("wait", &PyDiskStore::Wait, "seconds"_a,
            "Until an operation is over that was not told yet, or so long.")
       .def("flush", &PyDiskStore::Flush, "What is written survives a power cut; 0 or errno.")
       .def("recovered", &PyDiskStore::Recovered,
            nb::sig("def recovered(self) -> tuple[numpy.typing.NDArray[numpy.int32], "
                    "numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint64], "
-                   "numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint8], "
+                   "numpy.typing.NDArray[numpy.uint8], "
                    "numpy.typing.NDArray[numpy.uint8]]"),
-           "What was there at the start: records, generations, checksums, sequences, keys [n*32],\n"
-           "parents [n*32], of the records that are sound.")
+           "What was there at the start, least recently written first: records, generations,\n"
+           "checksums, keys [n*32], parents [n*32], of the records that are sound. Once, before "
+           "any\n"
+           "other operation.")
       .def("close", &PyDiskStore::Close, "Ends what is queued; the store can't be used any more.")
       .def_prop_ro("n_records", &PyDiskStore::n_records)
-      .def_prop_ro("slot_bytes", &PyDiskStore::slot_bytes)
+      .def_prop_ro("slot_bytes", &PyDiskStore::slot_bytes, "Of a block as it is.")
+      .def_prop_ro("room", &PyDiskStore::room,
+                   "Blocks as they are that there is room for, beyond those that are queued.")
+      .def_prop_ro("used_bytes", &PyDiskStore::used_bytes, "Bytes of the file that blocks have.")
+      .def_prop_ro("codec", &PyDiskStore::codec, "Whether blocks may be stored shorter.")
       .def_prop_ro("direct", &PyDiskStore::direct, "Whether the page cache is passed by.");
 }
 

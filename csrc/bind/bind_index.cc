@@ -121,6 +121,11 @@ nb::tuple Reserve(HostTier& tier, nb::handle source, int64_t start, int64_t stop
   }
 }
 
+nb::object Evict(HostTier& tier, int64_t n) {
+  if (n < 0) throw nb::value_error("n must not be negative");
+  return ToNumpy(tier.Evict(static_cast<size_t>(n)));
+}
+
 size_t Publish(HostTier& tier, Vector<int32_t> slots, Vector<uint64_t> generations,
                Vector<uint64_t> checksums) {
   CheckSameSize(slots.size(), "generations", generations.size());
@@ -257,6 +262,8 @@ void RegisterIndex(nb::module_& m) {
            "these keys.")
       .def("release", &Release, arg("lease"),
            "Ends a lease.\n\nRaises:\n    ValueError: unknown lease.")
+      .def("evict", &Evict, arg("n"), nb::sig("def evict(self, n: int) -> " INT32),
+           "Evicts up to n blocks, as `reserve` does where it must; whose slots they were.")
       .def("reserve", &Reserve, arg("keys"), arg("start"), arg("stop"),
            nb::sig("def reserve(self, " KEYS ", start: int, stop: int) -> tuple[" INT32 ", " INT32
                    ", " UINT64 ", str]"),

@@ -1,8 +1,6 @@
 #include "disk/disk_store.h"
 
-#include <fcntl.h>
 #include <sys/file.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,8 +8,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <system_error>
-#include <utility>
 
 #include "copy/cpu/kernels.h"
 #include "hash/xxh3.h"
@@ -20,7 +16,6 @@ namespace kvmem {
 namespace {
 
 constexpr uint64_t kGrowBytes = uint64_t{256} << 20;
-constexpr size_t kRecordsAtATime = 8192;
 
 double Now() {
   using Seconds = std::chrono::duration<double>;
@@ -36,125 +31,23 @@ Bounce NewBounce(size_t bytes) {
   return Bounce(static_cast<std::byte*>(std::aligned_alloc(kDiskAlign, bytes)));
 }
 
-// Opens or makes a private file of this user's, never through a link.
-int OpenPrivate(const std::string& path, int flags) {
-  const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | flags, 0600);
-  if (fd < 0) return -1;
-  struct stat about;
-  if (fstat(fd, &about) == 0 && S_ISREG(about.st_mode) && about.st_uid == geteuid() &&
-      fchmod(fd, 0600) == 0) {
-    return fd;
-  }
-  const int error = errno != 0 ? errno : EPERM;
-  close(fd);
-  errno = error;
-  return -1;
-}
-
-uint64_t SizeOf(int fd) {
-  struct stat about;
-  return fstat(fd, &about) == 0 ? static_cast<uint64_t>(about.st_size) : 0;
-}
+std::byte* Behind(std::byte* slot) { return slot + sizeof(DiskSlotHeader); }
 
 }  // namespace
 
+struct DiskStore::Buffers {
+  explicit Buffers(size_t bytes) : plain(NewBounce(bytes)), stored(NewBounce(bytes)) {}
+  bool ready() const { return plain != nullptr && stored != nullptr; }
+
+  Bounce plain, stored;
+  DiskCodec codec;
+};
+
 // ---------------------------------------------------------------------------------------------
-// Opening
+// The queue
 
 DiskStore::DiskStore(const DiskOptions& options, const std::vector<SlotTable>& tables)
     : options_(options), tables_(tables), fence_(KernelsFor(DetectCpu()).fence) {}
-
-std::unique_ptr<DiskStore> DiskStore::Open(const DiskOptions& options,
-                                           const std::vector<SlotTable>& tables,
-                                           const unsigned char* name_space, DiskOpen* status,
-                                           std::string* error) {
-  std::unique_ptr<DiskStore> store(new DiskStore(options, tables));
-  const auto fail = [&](DiskOpen what, const std::string& why) {
-    *status = what;
-    *error = why;
-    return nullptr;
-  };
-  const auto failed = [&](const std::string& file) {
-    return fail(DiskOpen::kError, options.folder + "/" + file + ": " + std::strerror(errno));
-  };
-  store->io_ =
-      options.faults.empty() ? std::make_unique<DiskIo>() : FaultyDiskIo(options.faults, error);
-  if (!store->io_) return fail(DiskOpen::kError, *error);
-
-  DiskHeader& wanted = store->header_;
-  std::memcpy(wanted.magic, kDiskMagic, sizeof wanted.magic);
-  wanted.version = kDiskVersion;
-  wanted.byte_order = kDiskByteOrder;
-  wanted.share_bytes = tables[0].slot_bytes();
-  wanted.ranks = static_cast<uint32_t>(tables.size());
-  wanted.slot_bytes = DiskSlotBytes(wanted.share_bytes, wanted.ranks);
-  wanted.n_records =
-      std::min<uint64_t>(DiskRecordsWithin(options.disk_bytes, wanted.slot_bytes), INT32_MAX);
-  std::memcpy(wanted.name_space, name_space, kKeyBytes);
-  Seal(&wanted);
-  if (wanted.n_records == 0) {
-    return fail(DiskOpen::kNoRoom, "a block takes " + std::to_string(wanted.slot_bytes) +
-                                       " bytes of disk, and there are " +
-                                       std::to_string(options.disk_bytes));
-  }
-
-  store->lock_fd_ = OpenPrivate(options.folder + "/lock", 0);
-  if (store->lock_fd_ < 0) return failed("lock");
-  if (flock(store->lock_fd_, LOCK_EX | LOCK_NB) != 0) {
-    return fail(DiskOpen::kBusy, options.folder + " is another engine's");
-  }
-  store->table_fd_ = OpenPrivate(options.folder + "/table.kvd", 0);
-  if (store->table_fd_ < 0) return failed("table.kvd");
-
-  DiskHeader there;
-  size_t n_read = 0;
-  if (SizeOf(store->table_fd_) > 0) {
-    errno = store->io_->Read(store->table_fd_, &there, sizeof there, 0, &n_read);
-    if (errno != 0) return failed("table.kvd");
-    if (n_read < sizeof there || std::memcmp(there.magic, kDiskMagic, sizeof there.magic) != 0) {
-      return fail(DiskOpen::kDamaged, options.folder + "/table.kvd is no table");
-    }
-    // Magic, version and byte order keep their places in all versions.
-    if (there.version != kDiskVersion || there.byte_order != kDiskByteOrder) {
-      return fail(DiskOpen::kOther,
-                  options.folder + "/table.kvd has version " + std::to_string(there.version) +
-                      "; this kvmem reads version " + std::to_string(kDiskVersion));
-    }
-    if (!IsSound(there)) {
-      return fail(DiskOpen::kDamaged, options.folder + "/table.kvd: its header is damaged");
-    }
-    if (std::memcmp(&there, &wanted, sizeof there) != 0) {
-      return fail(DiskOpen::kOther, options.folder + "/table.kvd is of another model or size");
-    }
-  } else {
-    const uint64_t bytes = sizeof wanted + wanted.n_records * sizeof(DiskRecord);
-    // The size first: a table that has its header has room for its records.
-    if (ftruncate(store->table_fd_, static_cast<off_t>(bytes)) != 0) return failed("table.kvd");
-    errno = store->io_->Write(store->table_fd_, &wanted, sizeof wanted, 0);
-    if (errno != 0) {
-      const int why = errno;
-      if (ftruncate(store->table_fd_, 0) != 0) errno = why;
-      errno = why;
-      return failed("table.kvd");
-    }
-  }
-  const std::string data = options.folder + "/data.kvd";
-  store->data_fd_ = OpenPrivate(data, O_DIRECT);
-  store->direct_ = store->data_fd_ >= 0;
-  if (!store->direct_) store->data_fd_ = OpenPrivate(data, 0);
-  if (store->data_fd_ < 0) return failed("data.kvd");
-  store->allocated_ = SizeOf(store->data_fd_);
-
-  for (int i = 0; i < options.n_threads; ++i) {
-    try {
-      store->threads_.emplace_back([raw = store.get()] { raw->Run(); });
-    } catch (const std::system_error& thrown) {
-      return fail(DiskOpen::kError, std::string("no thread: ") + thrown.what());
-    }
-  }
-  *status = DiskOpen::kOk;
-  return store;
-}
 
 DiskStore::~DiskStore() {
   {
@@ -163,52 +56,40 @@ DiskStore::~DiskStore() {
   }
   to_do_.notify_all();
   for (std::thread& thread : threads_) thread.join();
+  {
+    // After the last write: an orderly end loses nothing to a power cut.
+    const std::lock_guard lock(mutex_);
+    flushing_over_ = true;
+  }
+  to_flush_.notify_all();
+  if (flusher_.joinable()) flusher_.join();
   for (const int fd : {data_fd_, table_fd_, lock_fd_}) {
     if (fd >= 0) close(fd);
   }
 }
 
-int DiskStore::Recovered(DiskRecovered* recovered) {
-  std::vector<DiskRecord> some(kRecordsAtATime);
-  uint64_t newest = 0;
-  for (uint64_t first = 0; first < header_.n_records; first += kRecordsAtATime) {
-    const uint64_t n = std::min<uint64_t>(kRecordsAtATime, header_.n_records - first);
-    size_t n_read = 0;
-    const int error = io_->Read(table_fd_, some.data(), n * sizeof(DiskRecord),
-                                sizeof header_ + first * sizeof(DiskRecord), &n_read);
-    if (error != 0) return error;
-    // A table that was cut off ends here; the rest of it holds nothing.
-    for (uint64_t i = 0; i < n_read / sizeof(DiskRecord); ++i) {
-      const DiskRecord& record = some[i];
-      if (record.generation == 0 || !IsSound(record, first + i)) continue;
-      recovered->records.push_back(static_cast<int32_t>(first + i));
-      recovered->generations.push_back(record.generation);
-      recovered->checksums.push_back(record.published_checksum);
-      recovered->sequences.push_back(record.sequence);
-      recovered->keys.insert(recovered->keys.end(), record.key, record.key + kKeyBytes);
-      recovered->parents.insert(recovered->parents.end(), record.parent, record.parent + kKeyBytes);
-      newest = std::max(newest, record.sequence);
-    }
-  }
-  sequence_.store(newest, std::memory_order_relaxed);
-  return 0;
-}
-
-// ---------------------------------------------------------------------------------------------
-// The queue
-
 bool DiskStore::Begin(const DiskMove& move, bool write) {
+  uint64_t epoch = 0;
+  {
+    const std::lock_guard lock(table_mutex_);
+    epoch = epoch_;
+  }
   {
     const std::lock_guard lock(mutex_);
     if (queue_.size() >= options_.queue) return false;  // D5
-    queue_.push_back({move, write, Now()});
+    {
+      const std::lock_guard space(space_mutex_);
+      busy_[move.record] = false;
+      if (write) pledged_ += plan_.slot_units;
+    }
+    queue_.push_back({move, write, Now(), epoch});
   }
   to_do_.notify_one();
   return true;
 }
 
 void DiskStore::Run() {
-  const Bounce bounce = NewBounce(header_.slot_bytes);
+  Buffers buffers(plan_.slot_bytes());
   for (;;) {
     Queued item;
     {
@@ -225,19 +106,56 @@ void DiskStore::Run() {
     DiskMoved done = {};
     done.ticket = item.move.ticket;
     done.queued_s = Now() - item.begun_s;
-    if (bounce == nullptr) {
-      done.status = DiskStatus::kError;
-      done.error = ENOMEM;
-    } else {
-      done.status = item.write ? DoWrite(item.move, bounce.get(), &done)
-                               : DoRead(item.move, bounce.get(), &done);
-    }
+    done.status = Do(item, &buffers, &done);
     {
       const std::lock_guard lock(mutex_);
       moved_.push_back(done);
+      dirty_ = dirty_ || item.write;
     }
     done_.notify_all();
+    if (item.write) to_flush_.notify_one();
   }
+}
+
+// One flush for all that was written in flush_s: one a block would halve the bandwidth.
+void DiskStore::RunFlushes() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    to_flush_.wait(lock, [&] { return flushing_over_ || dirty_; });
+    to_flush_.wait_for(lock, std::chrono::duration<double>(options_.flush_s),
+                       [&] { return flushing_over_; });
+    if (dirty_) {
+      dirty_ = false;
+      lock.unlock();
+      const int error = Flush();
+      lock.lock();
+      if (error != 0) {
+        DiskMoved failed = {};
+        failed.status = DiskStatus::kError;
+        failed.error = error;
+        moved_.push_back(failed);
+        done_.notify_all();
+      }
+    } else if (flushing_over_) {
+      return;
+    }
+  }
+}
+
+DiskStatus DiskStore::Do(const Queued& item, Buffers* buffers, DiskMoved* done) {
+  DiskStatus status = DiskStatus::kError;
+  if (!buffers->ready()) {
+    done->error = ENOMEM;
+  } else {
+    status = item.write ? DoWrite(item, buffers, done) : DoRead(item.move, buffers, done);
+  }
+  const std::lock_guard lock(space_mutex_);
+  if (item.write) pledged_ -= plan_.slot_units;
+  const auto busy = busy_.find(item.move.record);
+  const bool cleared = busy->second;
+  busy_.erase(busy);
+  if (cleared) FreeUnitsLocked(item.move.record);  // D7
+  return status;
 }
 
 std::vector<DiskMoved> DiskStore::Poll() {
@@ -248,6 +166,55 @@ std::vector<DiskMoved> DiskStore::Poll() {
 void DiskStore::Wait(double seconds) {
   std::unique_lock lock(mutex_);
   done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !moved_.empty(); });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Space
+
+uint64_t DiskStore::UnitsFor(uint64_t stored_length) const {
+  return (DiskSlotBytes(stored_length) + plan_.unit_bytes - 1) / plan_.unit_bytes;
+}
+
+uint64_t DiskStore::Room() {
+  const std::lock_guard lock(space_mutex_);
+  const uint64_t used = space_->n_taken() + pledged_;
+  return used >= plan_.n_units ? 0 : (plan_.n_units - used) / plan_.slot_units;
+}
+
+uint64_t DiskStore::used_bytes() {
+  const std::lock_guard lock(space_mutex_);
+  return space_->n_taken() * plan_.unit_bytes;
+}
+
+uint64_t DiskStore::TakeUnits(uint64_t record, uint64_t units) {
+  const std::lock_guard lock(space_mutex_);
+  const uint64_t place = space_->Take(static_cast<uint32_t>(units));
+  if (place != DiskSpace::kNone) {
+    extents_[record] = {static_cast<uint32_t>(place), static_cast<uint32_t>(units)};
+  }
+  return place;
+}
+
+void DiskStore::FreeUnits(uint64_t record) {
+  const std::lock_guard lock(space_mutex_);
+  FreeUnitsLocked(record);
+}
+
+void DiskStore::FreeUnitsLocked(uint64_t record) {
+  Extent& extent = extents_[record];
+  if (extent.units > 0) space_->Free(extent.place, extent.units);
+  extent = {};
+}
+
+int DiskStore::Grow(uint64_t end) {
+  const std::lock_guard lock(grow_mutex_);
+  if (end <= allocated_) return 0;
+  const uint64_t most = plan_.n_units * plan_.unit_bytes;
+  const uint64_t step = std::max(kGrowBytes / plan_.unit_bytes, uint64_t{8}) * plan_.unit_bytes;
+  const uint64_t wanted = std::min(most, std::max(end, allocated_ + step));
+  const int error = io_->Allocate(data_fd_, allocated_, wanted - allocated_);
+  if (error == 0) allocated_ = wanted;
+  return error;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -282,7 +249,37 @@ bool DiskStore::TakeFromArena(const DiskMove& move, std::byte* payload, DiskReco
   return true;
 }
 
-DiskStatus DiskStore::DoWrite(const DiskMove& move, std::byte* bounce, DiskMoved* done) {
+// The buffer that holds the block as it is to be stored, and in *record how that is.
+std::byte* DiskStore::Encode(Buffers* buffers, DiskRecord* record) {
+  const uint64_t n = uint64_t{record->share_length} * header_.ranks;
+  const uint64_t units = UnitsFor(n);
+  const auto encode = [&](uint32_t how) -> size_t {
+    return buffers->codec.Encode(how, Behind(buffers->plain.get()), n,
+                                 Behind(buffers->stored.get()), n);
+  };
+  record->codec = 0;
+  record->stored_length = static_cast<uint32_t>(n);
+  if (!codec()) return buffers->plain.get();
+  uint32_t by = choice_.Of(record->group);
+  size_t stored = 0;
+  if (by == CodecChoice::kMeasure) {
+    const size_t four = encode(4), two = encode(2);
+    const uint64_t units_2 = two > 0 ? UnitsFor(two) : units;
+    const uint64_t units_4 = four > 0 ? UnitsFor(four) : units;
+    choice_.Saw(record->group, units, units_2, units_4);
+    by = units_2 <= units_4 ? 2 : 4;
+    stored = by == 2 ? two : encode(4);
+  } else if (by != 0) {
+    stored = encode(by);
+  }
+  if (stored == 0 || UnitsFor(stored) >= units) return buffers->plain.get();
+  record->codec = by;
+  record->stored_length = static_cast<uint32_t>(stored);
+  return buffers->stored.get();
+}
+
+DiskStatus DiskStore::DoWrite(const Queued& item, Buffers* buffers, DiskMoved* done) {
+  const DiskMove& move = item.move;
   const double begin = Now();
   DiskRecord record = {};
   std::memcpy(record.key, move.key, kKeyBytes);
@@ -290,58 +287,71 @@ DiskStatus DiskStore::DoWrite(const DiskMove& move, std::byte* bounce, DiskMoved
   record.generation = move.record_generation;
   record.group = move.group;
   record.depth = move.depth;
-  record.place = move.record;
-  if (!TakeFromArena(move, bounce + sizeof(DiskSlotHeader), &record)) return DiskStatus::kSource;
+  if (!TakeFromArena(move, Behind(buffers->plain.get()), &record)) return DiskStatus::kSource;
+  std::byte* const slot = Encode(buffers, &record);
+  PutHeader(record, slot);
+  done->check_s = Now() - begin;
 
+  io_->Passed(DiskPoint::kBeforeTombstone);
+  // Before its old slot can be another's: it must not stand in the table when that is gone (I6).
+  done->error = WriteRecord(move.record, DiskRecord{});
+  if (done->error != 0) return DiskStatus::kError;
+  io_->Passed(DiskPoint::kAfterTombstone);
+  FreeUnits(move.record);
+  const DiskStatus status = Put(item, slot, &record, done);
+  if (status != DiskStatus::kOk) FreeUnits(move.record);
+  done->io_s = Now() - begin - done->check_s;
+  return status;
+}
+
+// What precedes the stored bytes, and the zeros behind them.
+void DiskStore::PutHeader(const DiskRecord& record, std::byte* slot) const {
   DiskSlotHeader header = {};
   std::memcpy(header.magic, kDiskSlotMagic, sizeof header.magic);
   header.generation = record.generation;
-  std::memcpy(header.key, move.key, kKeyBytes);
+  std::memcpy(header.key, record.key, kKeyBytes);
   std::memcpy(header.name_space, header_.name_space, kKeyBytes);
   header.payload_checksum = record.payload_checksum;
   header.share_length = record.share_length;
-  header.group = move.group;
+  header.group = record.group;
+  header.codec = record.codec;
   header.ranks = header_.ranks;
+  header.stored_length = record.stored_length;
+  header.stored_checksum = record.codec == 0 && header_.ranks == 1
+                               ? record.payload_checksum
+                               : Xxh3_64(Behind(slot), record.stored_length);
   Seal(&header);
-  std::memcpy(bounce, &header, sizeof header);
-  const uint64_t bytes = DiskSlotBytes(record.share_length, header_.ranks);
-  const uint64_t used = sizeof header + uint64_t{record.share_length} * header_.ranks;
-  std::memset(bounce + used, 0, bytes - used);
-  done->check_s = Now() - begin;
-
-  const uint64_t at = move.record * header_.slot_bytes;
-  io_->Passed(DiskPoint::kBeforeTombstone);
-  int error = MakeRoom(move.record);
-  // Before the slot is: its old block must not answer with the new one's bytes under it, nor stand
-  // in the table when they are gone (I6).
-  if (error == 0) error = WriteRecord(move.record, DiskRecord{});
-  io_->Passed(DiskPoint::kAfterTombstone);
-  if (error == 0) error = io_->Write(data_fd_, bounce, bytes, at);
-  io_->Passed(DiskPoint::kAfterData);
-  if (error == 0) {
-    record.sequence = sequence_.fetch_add(1, std::memory_order_relaxed) + 1;
-    Seal(&record, move.record);
-    error = WriteRecord(move.record, record);
-  }
-  io_->Passed(DiskPoint::kAfterRecord);
-  done->io_s = Now() - begin - done->check_s;
-  done->error = error;
-  if (error != 0) return DiskStatus::kError;
-  done->bytes = bytes;
-  done->checksum = record.published_checksum;
-  return DiskStatus::kOk;
+  std::memcpy(slot, &header, sizeof header);
+  const uint64_t used = sizeof header + record.stored_length;
+  std::memset(slot + used, 0, DiskSlotBytes(record.stored_length) - used);
 }
 
-int DiskStore::MakeRoom(uint64_t record) {
-  const uint64_t end = (record + 1) * header_.slot_bytes;
-  const std::lock_guard lock(grow_mutex_);
-  if (end <= allocated_) return 0;
-  const uint64_t most = header_.n_records * header_.slot_bytes;
-  const uint64_t step = std::max(kGrowBytes / header_.slot_bytes, uint64_t{8}) * header_.slot_bytes;
-  const uint64_t wanted = std::min(most, std::max(end, allocated_ + step));
-  const int error = io_->Allocate(data_fd_, allocated_, wanted - allocated_);
-  if (error == 0) allocated_ = wanted;
-  return error;
+// The slot, then the record that names it.
+DiskStatus DiskStore::Put(const Queued& item, const std::byte* slot, DiskRecord* record,
+                          DiskMoved* done) {
+  const uint64_t number = item.move.record;
+  const uint64_t units = UnitsFor(record->stored_length);
+  const uint64_t place = TakeUnits(number, units);
+  if (place == DiskSpace::kNone) return DiskStatus::kRoom;
+  record->place = static_cast<uint32_t>(place);
+  done->bytes = DiskSlotBytes(record->stored_length);
+  done->error = Grow((place + units) * plan_.unit_bytes);
+  if (done->error == 0) {
+    done->error = io_->Write(data_fd_, slot, done->bytes, place * plan_.unit_bytes);
+  }
+  if (done->error != 0) return DiskStatus::kError;
+  io_->Passed(DiskPoint::kAfterData);
+  record->sequence = sequence_.fetch_add(1, std::memory_order_relaxed) + 1;
+  Seal(record, number);
+  {
+    const std::lock_guard lock(table_mutex_);
+    if (item.epoch != epoch_) return DiskStatus::kSource;  // all was cleared meanwhile
+    done->error = WriteRecord(number, *record);
+  }
+  if (done->error != 0) return DiskStatus::kError;
+  io_->Passed(DiskPoint::kAfterRecord);
+  done->checksum = record->published_checksum;
+  return DiskStatus::kOk;
 }
 
 int DiskStore::WriteRecord(uint64_t number, const DiskRecord& record) {
@@ -351,32 +361,60 @@ int DiskStore::WriteRecord(uint64_t number, const DiskRecord& record) {
 // ---------------------------------------------------------------------------------------------
 // Disk to arena
 
-DiskStatus DiskStore::DoRead(const DiskMove& move, std::byte* bounce, DiskMoved* done) {
+// Whether what was read into buffers->stored is the block, and where its bytes are then.
+DiskStatus DiskStore::Check(const DiskMove& move, size_t n_read, Buffers* buffers,
+                            DiskSlotHeader* header, const std::byte** payload) {
+  if (n_read < sizeof *header) return DiskStatus::kRecord;
+  std::memcpy(header, buffers->stored.get(), sizeof *header);
+  const uint64_t n = uint64_t{header->share_length} * header_.ranks;
+  const std::byte* const stored = Behind(buffers->stored.get());
+  // D1, I1
+  if (!IsSound(*header) || header->generation != move.record_generation ||
+      std::memcmp(header->key, move.key, kKeyBytes) != 0 ||
+      std::memcmp(header->name_space, header_.name_space, kKeyBytes) != 0 ||
+      header->group != move.group || header->ranks != header_.ranks || header->share_length == 0 ||
+      header->share_length > header_.share_bytes || header->stored_length > n ||
+      n_read < sizeof *header + header->stored_length ||
+      Xxh3_64(stored, header->stored_length) != header->stored_checksum) {
+    return DiskStatus::kRecord;
+  }
+  *payload = stored;
+  if (header->codec == 0) return header->stored_length == n ? DiskStatus::kOk : DiskStatus::kRecord;
+  *payload = Behind(buffers->plain.get());
+  return buffers->codec.Decode(header->codec, stored, header->stored_length,
+                               Behind(buffers->plain.get()), n)
+             ? DiskStatus::kOk
+             : DiskStatus::kRecord;
+}
+
+DiskStatus DiskStore::DoRead(const DiskMove& move, Buffers* buffers, DiskMoved* done) {
   const double begin = Now();
-  const uint64_t at = move.record * header_.slot_bytes;
+  Extent extent;
+  {
+    const std::lock_guard lock(space_mutex_);
+    extent = extents_[move.record];
+  }
+  if (extent.units == 0) return DiskStatus::kRecord;
   size_t n_read = 0;
-  done->error = io_->Read(data_fd_, bounce, header_.slot_bytes, at, &n_read);
+  done->error = io_->Read(data_fd_, buffers->stored.get(), extent.units * plan_.unit_bytes,
+                          extent.place * plan_.unit_bytes, &n_read);
   done->io_s = Now() - begin;
   if (done->error != 0) return DiskStatus::kError;
   DiskSlotHeader header;
-  if (n_read < sizeof header) return DiskStatus::kRecord;
-  std::memcpy(&header, bounce, sizeof header);
-  // D1, I1
-  if (!IsSound(header) || header.generation != move.record_generation ||
-      std::memcmp(header.key, move.key, kKeyBytes) != 0 ||
-      std::memcmp(header.name_space, header_.name_space, kKeyBytes) != 0 ||
-      header.group != move.group || header.ranks != header_.ranks || header.codec != 0 ||
-      header.share_length == 0 || header.share_length > header_.share_bytes ||
-      n_read < sizeof header + uint64_t{header.share_length} * header.ranks) {
-    return DiskStatus::kRecord;
-  }
-  const std::byte* const payload = bounce + sizeof header;
+  const std::byte* payload = nullptr;
   std::vector<uint64_t> sums;
-  for (uint32_t rank = 0; rank < header.ranks; ++rank) {
-    sums.push_back(Xxh3_64(payload + uint64_t{rank} * header.share_length, header.share_length));
+  DiskStatus status = Check(move, n_read, buffers, &header, &payload);
+  if (status == DiskStatus::kOk) {
+    for (uint32_t rank = 0; rank < header.ranks; ++rank) {
+      sums.push_back(Xxh3_64(payload + uint64_t{rank} * header.share_length, header.share_length));
+    }
+    if (PayloadChecksum(sums.data(), sums.size()) != header.payload_checksum) {
+      status = DiskStatus::kRecord;
+    }
   }
-  if (PayloadChecksum(sums.data(), sums.size()) != header.payload_checksum) {
-    return DiskStatus::kRecord;
+  if (status != DiskStatus::kOk) {
+    Keep(move, buffers->stored.get(), n_read);
+    return status;
   }
   for (size_t rank = 0; rank < tables_.size(); ++rank) {  // D3
     const SlotTable& table = tables_[rank];
@@ -400,12 +438,31 @@ DiskStatus DiskStore::DoRead(const DiskMove& move, std::byte* bounce, DiskMoved*
 // ---------------------------------------------------------------------------------------------
 // The whole
 
-int DiskStore::Drop(uint64_t record) { return WriteRecord(record, DiskRecord{}); }
+int DiskStore::Drop(uint64_t record) {
+  const int error = WriteRecord(record, DiskRecord{});
+  // A record that may still stand on the disk keeps its units from others (D7).
+  if (error == 0) FreeUnits(record);
+  return error;
+}
 
 int DiskStore::Clear() {
-  const auto bytes = static_cast<off_t>(sizeof header_ + header_.n_records * sizeof(DiskRecord));
-  if (ftruncate(table_fd_, static_cast<off_t>(sizeof header_)) != 0) return errno;
-  return ftruncate(table_fd_, bytes) == 0 ? 0 : errno;
+  {
+    const std::lock_guard lock(table_mutex_);
+    ++epoch_;
+    const auto bytes = static_cast<off_t>(sizeof header_ + header_.n_records * sizeof(DiskRecord));
+    if (ftruncate(table_fd_, static_cast<off_t>(sizeof header_)) != 0) return errno;
+    if (ftruncate(table_fd_, bytes) != 0) return errno;
+  }
+  const std::lock_guard lock(space_mutex_);
+  for (uint64_t record = 0; record < extents_.size(); ++record) {
+    const auto busy = busy_.find(record);
+    if (busy == busy_.end()) {
+      FreeUnitsLocked(record);
+    } else {
+      busy->second = true;
+    }
+  }
+  return 0;
 }
 
 int DiskStore::Flush() {

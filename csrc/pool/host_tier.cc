@@ -231,7 +231,7 @@ SlotId HostTier::TakeSlot(SlotId parent) {
   if (parent != kNoSlot) index_.AddLease(parent);
   const SlotId victim = order_->PopVictim(pending_.size);
   if (victim != kNoSlot) {
-    Evict(victim);
+    EvictSlot(victim);
     slot = links_.PopFront(&free_);
   }
   if (parent != kNoSlot) {
@@ -242,8 +242,20 @@ SlotId HostTier::TakeSlot(SlotId parent) {
   return slot;
 }
 
+std::vector<int32_t> HostTier::Evict(size_t n) {
+  const std::lock_guard lock(mutex_);
+  std::vector<int32_t> gone;
+  while (gone.size() < n) {
+    const SlotId victim = order_->PopVictim(pending_.size);
+    if (victim == kNoSlot) break;
+    EvictSlot(victim);
+    gone.push_back(static_cast<int32_t>(victim));
+  }
+  return gone;
+}
+
 // REQUIRES: the order has forgotten the slot already.
-void HostTier::Evict(SlotId slot) {
+void HostTier::EvictSlot(SlotId slot) {
   gone_.Add(index_.key(slot), MarkOf(Fate::kEvicted));
   const SlotId parent = index_.parent(slot);
   --n_published_;

@@ -123,6 +123,10 @@ class HostTier {
   // start <= stop <= keys.size().
   Reserved Reserve(const KeyList& keys, size_t start, size_t stop);
 
+  // Evicts up to n blocks, as Reserve() does where it must, and says whose slots they were: for a
+  // tier whose room is not told by its slots alone.
+  std::vector<int32_t> Evict(size_t n);
+
   // The bytes in these slots are complete. In the order given: publishes what is still pending
   // under that generation and below a published parent; what is not goes back. Returns how many
   // were published. REQUIRES: three arrays of n.
@@ -155,7 +159,7 @@ class HostTier {
   // All below REQUIRE mutex_.
   bool Owns(int32_t slot, uint64_t generation) const;
   SlotId TakeSlot(SlotId parent);
-  void Evict(SlotId slot);
+  void EvictSlot(SlotId slot);
   void FreeSlot(SlotId slot);
   void LetGo(SlotId slot);
   void AbandonSlot(SlotId slot);

@@ -29,6 +29,10 @@ __all__ = ["Mover", "Moves", "Promotion"]
 Keys = list[Any]
 # How long a request waits for the disk before it is answered with what the host has.
 PATIENCE_S = 5.0
+# How often room is made for a batch that did not get it: free room may lie in pieces that are too
+# short, and blocks that go one after another mostly lie side by side.
+ROOM_TRIES = 8
+ROOM_BLOCKS = 2
 
 
 class Mover(Protocol):
@@ -36,7 +40,19 @@ class Mover(Protocol):
 
     @property
     def n_records(self) -> int:
-        """Blocks that the disk holds (I7)."""
+        """Blocks that the disk holds at most (I7)."""
+
+    @property
+    def room(self) -> int:
+        """Blocks that there is room for: a codec makes them shorter by how much it finds out."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the disk that blocks have, of those in `disk_bytes`."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """The budget."""
 
     @property
     def on(self) -> bool:
@@ -83,13 +99,14 @@ class Promotion:
 class _Batch:
     """Moves that are settled together, since each block hangs below the one before it."""
 
-    __slots__ = ("down", "group", "keys", "lease", "moved", "moves", "waiting")
+    __slots__ = ("down", "group", "keys", "lease", "moved", "moves", "tries", "waiting")
 
     def __init__(self, *, down: bool, group: int, keys: Keys, lease: int) -> None:
         self.down = down
         self.group = group
         self.keys = keys
         self.lease = lease  # on the tier that is read
+        self.tries = 0
         self.moves: list[Move] = []
         self.moved: dict[int, Moved] = {}
         self.waiting: list[Promotion] = []
@@ -166,10 +183,15 @@ class Moves:
             return
         if self._groups[group].closed:
             stop = blocks[-1] + 1
-            self._demote(group, keys, self.disk.match(keys[:stop]), stop)
+            # So that room is not made of what the new blocks hang below.
+            parents, start, *_ = self.disk.acquire(keys, 0, stop, use=False)
+            self._demote(group, keys, start, stop)
+            if parents:
+                self.disk.release(parents)
         else:
             for at in blocks:
-                self._demote(group, [keys[at]], 0, 1)
+                if not self.disk.match([keys[at]]):
+                    self._demote(group, [keys[at]], 0, 1)
 
     def _demote(self, group: int, keys: Keys, start: int, stop: int) -> None:
         if stop <= start:
@@ -177,6 +199,7 @@ class Moves:
         lease, stop, slots, generations = self._host.acquire(keys, start, stop, use=False)
         if not lease:
             return
+        self._evict(stop - start - self._mover.room)
         index, records, record_generations, reason = self.disk.reserve(keys, start, stop)
         if reason:
             self.totals["refused"] += stop - start - len(index)
@@ -207,6 +230,12 @@ class Moves:
             self.disk.abandon(records[begun:], record_generations[begun:])
         if not begun:
             self._host.release(lease)
+
+    def _evict(self, n: int) -> int:
+        gone = self.disk.evict(n).tolist() if n > 0 else []
+        for record in gone:
+            self._mover.drop(record)
+        return len(gone)
 
     # -- up ----------------------------------------------------------------------------------
 
@@ -286,6 +315,8 @@ class Moves:
         """Settles what is over."""
         for moved in self._mover.poll():
             batch = self._batch_of.pop(moved.ticket)
+            if moved.fault == "room" and self._try_again(batch, moved.ticket):
+                continue
             batch.moved[moved.ticket] = moved
             for name in ("queued_s", "io_s", "check_s"):
                 self.totals[name] += getattr(moved, name)
@@ -294,6 +325,16 @@ class Moves:
                     self._written(batch)
                 else:
                     self._read(batch)
+
+    def _try_again(self, batch: _Batch, ticket: int) -> bool:
+        batch.tries += 1
+        if batch.tries > ROOM_TRIES or not self._evict(ROOM_BLOCKS):
+            return False
+        (move,) = (move for move in batch.moves if move.ticket == ticket)
+        if not self._mover.write(move):
+            return False
+        self._batch_of[ticket] = batch
+        return True
 
     def _written(self, batch: _Batch) -> None:
         self._host.release(batch.lease)
@@ -335,6 +376,9 @@ class Moves:
         batch.waiting.clear()
 
     def _fault(self, move: Move, moved: Moved) -> None:
+        if moved.fault == "room":
+            self.totals["refused"] += 1
+            return
         self.totals["faults"] += 1
         if moved.fault != "record":
             return
@@ -357,6 +401,8 @@ class Moves:
             **self.disk.stats(),
             **self.totals,
             "on": self._mover.on,
+            "used_bytes": self._mover.used_bytes,
+            "disk_bytes": self._mover.disk_bytes,
             "under_way": self.n_under_way,
         }
 

@@ -36,11 +36,11 @@ class Host(msgspec.Struct, frozen=True):
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """The disk tier: records and bytes; `on` is False while the disk fails."""
+    """The disk tier: `used` blocks in `bytes` of `budget`; `on` is False while the disk fails."""
 
-    records: int
     used: int
     bytes: int
+    budget: int
     on: bool
     written: int = 0
     read: int = 0
@@ -197,7 +197,7 @@ def _table(page: Page, now_s: float) -> Table:
         drawn.add_row(
             "disk tier" if disk.on else "disk tier, OFF: it failed",
             f"{_size(disk.bytes)}",
-            f"{disk.used:,} of {disk.records:,} blocks ({_share(disk.used, disk.records)}), "
+            f"{disk.used:,} blocks, {_share(disk.bytes, disk.budget)} of {_size(disk.budget)}, "
             f"{disk.written:,} written, {disk.read:,} read, {disk.faults:,} faults",
         )
     drawn.add_row(

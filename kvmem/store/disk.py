@@ -24,7 +24,7 @@ from kvmem.types import Move, Moved, Recovered
 
 __all__ = ["Disk"]
 
-FAULTS = ("", "source", "record", "io")  # by the native store's status
+FAULTS = ("", "source", "record", "io", "room")  # by the native store's status
 RETRY_S = 5.0
 RETRY_MOST_S = 300.0
 # Other models' stores are looked at each time so much was written.
@@ -42,6 +42,7 @@ class Disk:
         arena: whose slots the blocks come from and go to.
         namespace: 32 bytes; blocks are valid inside it only.
         bus: where it is told that the disk failed, or works again.
+        codec: the setting disk_codec: blocks are stored shorter where that pays.
         clock: seconds, for when a disk that failed is tried again.
         faults: for tests, see csrc/disk/disk_io.h.
 
@@ -57,10 +58,12 @@ class Disk:
         namespace: bytes,
         bus: events.Bus,
         *,
+        codec: bool = True,
         clock: Callable[[], float] = time.monotonic,
         faults: str = "",
     ) -> None:
         self._bytes = disk_bytes
+        self._codec = codec
         self._bus = bus
         self._clock = clock
         self._off_since_s: float | None = None
@@ -80,14 +83,16 @@ class Disk:
         for _ in range(TRIES):
             folder = claim(root, namespace)
             try:
-                store = DiskStore(str(folder), buffer, self._bytes, namespace, faults=faults)
+                store = DiskStore(
+                    str(folder), buffer, self._bytes, namespace, codec=self._codec, faults=faults
+                )
             except OSError as error:
                 what, sentence = error.args
             else:
                 return folder, store
             if what in ("other", "damaged"):
-                # Another budget, version or layout: what is there can't be used, and nothing else
-                # can use it. A damaged header has lost which records are whose.
+                # Another version or layout: what is there can't be used, and nothing else can use
+                # it. A damaged header has lost which records are whose.
                 start_anew(folder)
             elif what != "busy" and folder.is_dir():
                 break  # else another engine, starting or trimming, was there between the two steps
@@ -107,8 +112,23 @@ class Disk:
 
     @property
     def n_records(self) -> int:
-        """Blocks that the disk holds."""
+        """Blocks that the disk holds at most."""
         return int(self._store.n_records)
+
+    @property
+    def room(self) -> int:
+        """Blocks as they are that there is room for, beyond those that are queued."""
+        return int(self._store.room)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the disk that blocks have, of those in `disk_bytes`."""
+        return int(self._store.used_bytes)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The budget."""
+        return self._bytes
 
     @property
     def on(self) -> bool:
@@ -134,18 +154,10 @@ class Disk:
     def recovered(self) -> Recovered | None:
         """What an earlier run left, least recently written first."""
         try:
-            records, generations, checksums, sequences, keys, parents = self._store.recovered()
+            return Recovered(*self._store.recovered())
         except OSError as error:
             self._failed(error.strerror or str(error))
             return None
-        order = np.argsort(sequences, kind="stable")
-        return Recovered(
-            records[order],
-            generations[order],
-            checksums[order],
-            np.ascontiguousarray(keys.reshape(-1, 32)[order]).reshape(-1),
-            np.ascontiguousarray(parents.reshape(-1, 32)[order]).reshape(-1),
-        )
 
     def write(self, move: Move) -> bool:
         """Begins a copy to the disk; False where the queue is full."""
@@ -182,6 +194,8 @@ class Disk:
         found = []
         for ticket, status, error, checksum, n_bytes, queued_s, io_s, check_s in self._store.poll():
             self._expect(error)
+            if ticket == 0:  # a flush
+                continue
             found.append(Moved(ticket, FAULTS[status], checksum, n_bytes, queued_s, io_s, check_s))
             self._written_bytes += n_bytes
         self._trim()

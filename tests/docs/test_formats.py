@@ -203,20 +203,25 @@ def test_a_real_disk_store_reads_as_the_page_says(
     one, two = np.array([0], np.int32), np.array([2], np.int32)
     status, _ = copier.store(one, two, np.array([9], np.uint64), KEYS[32:], group=5)
     assert status.tolist() == [0]
-    store = DiskStore(str(tmp_path), np.frombuffer(arena.buffer, np.uint8), 100_000, SPACE)
-    assert store.begin(True, 1, 2, 9, 3, 4, 5, KEYS[32:], KEYS[:32], 6)
-    store.wait(10)
-    ((_, status_code, _, _, n_bytes, *_),) = store.poll()
-    assert status_code == 0
+    store = DiskStore(
+        str(tmp_path), np.frombuffer(arena.buffer, np.uint8), 100_000, SPACE, threads=1, codec=False
+    )
+    for ticket, number in enumerate((1, 3)):  # the first one takes the first unit
+        assert store.begin(True, ticket, 2, 9, number, 4, 5, KEYS[32:], KEYS[:32], 6)
+        store.wait(10)
+        ((_, status_code, _, _, n_bytes, *_),) = store.poll()
+        assert status_code == 0
+    assert store.drop(1) == 0
     store.close()
 
     table = (tmp_path / "table.kvd").read_bytes()
     head = parse("diskheader", table)
     assert head["magic"] == b"KVMEMDSK"
-    assert (head["version"], head["byte_order"], head["ranks"]) == (1, 0x01020304, 2)
-    assert (head["slot_bytes"], head["share_bytes"]) == (4096, 2 * PIECE)
+    assert (head["version"], head["byte_order"], head["ranks"]) == (2, 0x01020304, 2)
+    assert (head["unit_bytes"], head["share_bytes"]) == (4096, 2 * PIECE)
     assert head["namespace"] == SPACE
-    assert head["n_records"] == (100_000 - 4096) // (4096 + 128)
+    n_blocks = (100_000 - 4096) // (4096 + 2 * 128)
+    assert (head["n_records"], head["n_units"]) == (2 * n_blocks, n_blocks)
     assert len(table) == 4096 + 128 * int(str(head["n_records"]))
     assert head["header_checksum"] == xxhash.xxh3_64_intdigest(table[:4088])
 
@@ -226,19 +231,22 @@ def test_a_real_disk_store_reads_as_the_page_says(
     packed = b"".join(s.to_bytes(8, "little") for s in sums)
     assert (record["key"], record["parent"]) == (KEYS[32:], KEYS[:32])
     assert (record["generation"], record["group"], record["depth"]) == (4, 5, 6)
-    assert (record["share_length"], record["codec"], record["place"]) == (len(block), 0, 3)
+    assert (record["share_length"], record["codec"], record["place"]) == (len(block), 0, 1)
+    assert record["stored_length"] == 2 * len(block)
     assert record["payload_checksum"] == xxhash.xxh3_64_intdigest(packed)
     assert record["published_checksum"] == sums[0] ^ sums[1]
     assert record["record_checksum"] == xxhash.xxh3_64_intdigest(raw[:120]) ^ 3
     assert table[4096 : 4096 + 128 * 3] == bytes(128 * 3)
 
-    slot = (tmp_path / "data.kvd").read_bytes()[4096 * 3 :][:4096]
+    slot = (tmp_path / "data.kvd").read_bytes()[4096 * 1 :][:4096]
     about = parse("slotheader", slot)
     assert about["magic"] == b"KVMEMBLK"
     assert about["namespace"] == SPACE
-    for name in ("generation", "key", "payload_checksum", "share_length", "group", "codec"):
+    for name in ("generation", "key", "payload_checksum", "share_length", "group", "codec",
+                 "stored_length"):  # fmt: skip
         assert about[name] == record[name]
     assert about["slot_checksum"] == xxhash.xxh3_64_intdigest(slot[:120])
+    assert about["stored_checksum"] == xxhash.xxh3_64_intdigest(block + block)
     assert slot[128 : 128 + 2 * len(block)] == block + block
     assert not any(slot[128 + 2 * len(block) :])
     assert n_bytes == 4096

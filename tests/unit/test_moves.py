@@ -29,6 +29,9 @@ class Disk:
 
     def __init__(self, n_records: int = 32, queue: int = 64) -> None:
         self.n_records = n_records
+        self.room = n_records
+        self.pieces = 0  # writes that find room in pieces only
+        self.used_bytes, self.disk_bytes = 0, 1 << 20
         self.on = True
         self.records: dict[int, tuple[bytes, int]] = {}
         self.begun: list[tuple[str, Move]] = []
@@ -63,6 +66,8 @@ class Disk:
         done = []
         for what, move in self.begun:
             fault = self.faults.get(move.key, "")
+            if what == "write" and self.pieces > 0:
+                self.pieces, fault = self.pieces - 1, "room"
             if what == "write" and not fault:
                 self.records[move.record] = (move.key, move.record_generation)
                 self.order.append(move.key)
@@ -317,3 +322,38 @@ def test_states_come_up_by_themselves(disk: Disk, clock: Clock) -> None:
     assert (grant.stop, grant.from_disk) == (64, 64)
     cache.release("r")
     assert cache.stats()["leases"] == cache.stats()["disk"]["leases"] == 0
+
+
+def test_room_in_pieces_is_made_whole(cache: Cache, disk: Disk) -> None:
+    old, chain = keys(9, seed=1), keys(4)
+    put(cache, old)
+    cache.settle()
+    disk.pieces = 3
+    put(cache, chain)
+    for _ in range(5):
+        cache.settle()
+    assert below(cache).match(chain, 0) == 4
+    assert below(cache).match(old, 0) == 3  # two blocks for each try, from its end
+    assert cache.stats()["disk"]["refused"] == 0
+
+
+def test_room_that_cannot_be_made_is_not_asked_for_for_ever(cache: Cache, disk: Disk) -> None:
+    chain = keys(4)
+    disk.pieces = 10**6
+    put(cache, chain)
+    for _ in range(100):
+        cache.settle()
+    stats = cache.stats()
+    assert (stats["disk"]["under_way"], stats["disk"]["refused"], stats["leases"]) == (0, 4, 0)
+    assert below(cache).match(chain, 0) == 0
+    assert cache.check_integrity() == []
+
+
+def test_room_is_made_before_blocks_go_down(cache: Cache, disk: Disk) -> None:
+    put(cache, keys(9, seed=1))
+    cache.settle()
+    disk.room = 1
+    put(cache, keys(4))
+    cache.settle()
+    assert (below(cache).match(keys(4), 0), below(cache).match(keys(9, seed=1), 0)) == (4, 6)
+    assert len(disk.records) == 10  # what went is gone there, too

@@ -74,7 +74,9 @@ def open_disk(config: Config, arena: Arena, namespace: Namespace, bus: events.Bu
         return None
     try:
         root = Path(config.disk_path).expanduser()
-        return Disk(root, config.disk_bytes, arena, namespace.digest, bus)
+        return Disk(
+            root, config.disk_bytes, arena, namespace.digest, bus, codec=config.disk_codec == "auto"
+        )
     except BaseException:
         arena.close(unlink=True)
         raise

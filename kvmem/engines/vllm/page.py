@@ -66,9 +66,9 @@ class Page:
             return None
         same = ("on", "written", "read", "bytes_written", "bytes_read", "io_s", "faults")
         return {
-            "records": below["n_slots"],
             "used": below["published"],
-            "bytes": below["published"] * self._block_bytes,
+            "bytes": below["used_bytes"],
+            "budget": below["disk_bytes"],
             "under_way": below["under_way"],
             **{name: below[name] for name in same},
         }
