@@ -299,6 +299,51 @@ class SlotCopier:
     @property
     def slot_bytes(self) -> int: ...
 
+class DiskVerifier:
+    """Looks through a store that nobody has open. One thread."""
+
+    def __init__(self, folder: str) -> None:
+        """
+        Raises:
+            OSError: args are what and a sentence; what is busy (an engine has it open) or
+                error (there is no store, its version is another one, or its header damaged).
+        """
+
+    def step(self, n: int) -> bool:
+        """
+        Looks at the slots of the next n records, every byte; False if that was all.
+
+        Raises:
+            OSError: the disk failed.
+        """
+
+    def found(self, closure: bool) -> list[tuple[int, bytes, str]]:
+        """
+        What is bad so far: (record, key, why). With `closure`, when all was looked at, also
+        the blocks whose parents are bad or gone: why is then 'parent'.
+        """
+
+    def repair(self) -> None:
+        """
+        Empties the records of `found(True)`.
+
+        Raises:
+            OSError: the disk failed.
+        """
+
+    def totals(self) -> tuple[int, int]:
+        """Records looked at and bytes read so far."""
+
+    def close(self) -> None:
+        """Lets go of the store."""
+
+    @property
+    def n_to_do(self) -> int:
+        """Slots to look at, in all."""
+
+    @property
+    def namespace(self) -> bytes: ...
+
 class DiskStore:
     """
     Moves blocks between an arena's slots and numbered records of a folder, and checks them.

@@ -14,6 +14,7 @@
 #include "bind/arrays.h"
 #include "bind/bind.h"
 #include "disk/disk_store.h"
+#include "disk/disk_verify.h"
 
 namespace kvmem::bind {
 namespace {
@@ -178,9 +179,104 @@ class PyDiskStore {
   std::unique_ptr<DiskStore> store_;
 };
 
+class PyDiskVerifier {
+ public:
+  explicit PyDiskVerifier(const std::string& folder) {
+    bool busy = false;
+    std::string error;
+    {
+      nb::gil_scoped_release release;
+      verifier_ = DiskVerifier::Open(folder, &busy, &error);
+    }
+    if (!verifier_) {
+      PyErr_SetObject(PyExc_OSError, nb::make_tuple(busy ? "busy" : "error", error).ptr());
+      throw nb::python_error();
+    }
+  }
+
+  bool Step(int64_t n) {
+    Require(n > 0, "n must be positive");
+    int error = 0;
+    bool more = false;
+    {
+      nb::gil_scoped_release release;
+      more = Opened().Step(static_cast<uint64_t>(n), &error);
+    }
+    Raise(error);
+    return more;
+  }
+
+  nb::list Found(bool closure) {
+    std::vector<DiskVerifier::Bad> bad;
+    {
+      nb::gil_scoped_release release;
+      bad = Opened().Found(closure);
+    }
+    nb::list told;
+    for (const DiskVerifier::Bad& one : bad) {
+      const nb::bytes key(reinterpret_cast<const char*>(one.key), kKeyBytes);
+      told.append(nb::make_tuple(one.record, key, one.why));
+    }
+    return told;
+  }
+
+  void Repair() {
+    int error = 0;
+    {
+      nb::gil_scoped_release release;
+      error = Opened().Repair();
+    }
+    Raise(error);
+  }
+
+  nb::tuple Totals() {
+    const DiskVerifier::Totals totals = Opened().totals();
+    return nb::make_tuple(totals.records, totals.bytes);
+  }
+  uint64_t n_to_do() { return Opened().n_to_do(); }
+  nb::bytes name_space() {
+    return nb::bytes(reinterpret_cast<const char*>(Opened().header().name_space), kKeyBytes);
+  }
+  void Close() { verifier_.reset(); }
+
+ private:
+  DiskVerifier& Opened() {
+    Require(verifier_ != nullptr, "the store is closed");
+    return *verifier_;
+  }
+  static void Raise(int error) {
+    if (error == 0) return;
+    errno = error;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+  }
+
+  std::unique_ptr<DiskVerifier> verifier_;
+};
+
 }  // namespace
 
 void RegisterDisk(nb::module_& m) {
+  nb::class_<PyDiskVerifier>(m, "DiskVerifier",
+                             "Looks through a store that nobody has open. One thread.")
+      .def(nb::init<const std::string&>(), "folder"_a,
+           "Raises:\n"
+           "    OSError: args are what and a sentence; what is busy (an engine has it open) or\n"
+           "        error (there is no store, its version is another one, or its header damaged).")
+      .def("step", &PyDiskVerifier::Step, "n"_a,
+           "Looks at the slots of the next n records, every byte; False if that was all.\n\n"
+           "Raises:\n    OSError: the disk failed.")
+      .def("found", &PyDiskVerifier::Found, "closure"_a,
+           nb::sig("def found(self, closure: bool) -> list[tuple[int, bytes, str]]"),
+           "What is bad so far: (record, key, why). With `closure`, when all was looked at, also\n"
+           "the blocks whose parents are bad or gone: why is then 'parent'.")
+      .def("repair", &PyDiskVerifier::Repair,
+           "Empties the records of `found(True)`.\n\nRaises:\n    OSError: the disk failed.")
+      .def("totals", &PyDiskVerifier::Totals, nb::sig("def totals(self) -> tuple[int, int]"),
+           "Records looked at and bytes read so far.")
+      .def("close", &PyDiskVerifier::Close, "Lets go of the store.")
+      .def_prop_ro("n_to_do", &PyDiskVerifier::n_to_do, "Slots to look at, in all.")
+      .def_prop_ro("namespace", &PyDiskVerifier::name_space);
   nb::class_<PyDiskStore>(
       m, "DiskStore",
       "Moves blocks between an arena's slots and numbered records of a folder, and checks them.\n\n"

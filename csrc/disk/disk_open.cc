@@ -240,18 +240,14 @@ int DiskStore::Recovered(DiskRecovered* recovered) {
 }
 
 // What was read in place of a block, for people; as best as can be, since the disk is in doubt.
-void DiskStore::Keep(const DiskMove& move, const std::byte* slot, size_t n) {
+void DiskStore::Keep(DiskRecord wanted, uint64_t number, const std::byte* slot, size_t n) {
   if (plan_.n_kept == 0) return;
-  const uint64_t number = n_bad_.fetch_add(1, std::memory_order_relaxed) % plan_.n_kept;
-  const std::string path = options_.folder + "/bad-" + std::to_string(number) + ".kvd";
+  const uint64_t file = n_bad_.fetch_add(1, std::memory_order_relaxed) % plan_.n_kept;
+  const std::string path = options_.folder + "/bad-" + std::to_string(file) + ".kvd";
   const int fd = OpenPrivate(path, O_TRUNC);
   if (fd < 0) return;
-  DiskRecord record = {};
-  std::memcpy(record.key, move.key, kKeyBytes);
-  record.generation = move.record_generation;
-  record.group = move.group;
-  Seal(&record, move.record);
-  if (io_->Write(fd, &record, sizeof record, 0) == 0) io_->Write(fd, slot, n, sizeof record);
+  Seal(&wanted, number);
+  if (io_->Write(fd, &wanted, sizeof wanted, 0) == 0) io_->Write(fd, slot, n, sizeof wanted);
   close(fd);
 }
 

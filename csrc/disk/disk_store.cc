@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "copy/cpu/kernels.h"
+#include "disk/disk_slot.h"
 #include "hash/xxh3.h"
 
 namespace kvmem {
@@ -361,32 +362,6 @@ int DiskStore::WriteRecord(uint64_t number, const DiskRecord& record) {
 // ---------------------------------------------------------------------------------------------
 // Disk to arena
 
-// Whether what was read into buffers->stored is the block, and where its bytes are then.
-DiskStatus DiskStore::Check(const DiskMove& move, size_t n_read, Buffers* buffers,
-                            DiskSlotHeader* header, const std::byte** payload) {
-  if (n_read < sizeof *header) return DiskStatus::kRecord;
-  std::memcpy(header, buffers->stored.get(), sizeof *header);
-  const uint64_t n = uint64_t{header->share_length} * header_.ranks;
-  const std::byte* const stored = Behind(buffers->stored.get());
-  // D1, I1
-  if (!IsSound(*header) || header->generation != move.record_generation ||
-      std::memcmp(header->key, move.key, kKeyBytes) != 0 ||
-      std::memcmp(header->name_space, header_.name_space, kKeyBytes) != 0 ||
-      header->group != move.group || header->ranks != header_.ranks || header->share_length == 0 ||
-      header->share_length > header_.share_bytes || header->stored_length > n ||
-      n_read < sizeof *header + header->stored_length ||
-      Xxh3_64(stored, header->stored_length) != header->stored_checksum) {
-    return DiskStatus::kRecord;
-  }
-  *payload = stored;
-  if (header->codec == 0) return header->stored_length == n ? DiskStatus::kOk : DiskStatus::kRecord;
-  *payload = Behind(buffers->plain.get());
-  return buffers->codec.Decode(header->codec, stored, header->stored_length,
-                               Behind(buffers->plain.get()), n)
-             ? DiskStatus::kOk
-             : DiskStatus::kRecord;
-}
-
 DiskStatus DiskStore::DoRead(const DiskMove& move, Buffers* buffers, DiskMoved* done) {
   const double begin = Now();
   Extent extent;
@@ -400,35 +375,31 @@ DiskStatus DiskStore::DoRead(const DiskMove& move, Buffers* buffers, DiskMoved* 
                           extent.place * plan_.unit_bytes, &n_read);
   done->io_s = Now() - begin;
   if (done->error != 0) return DiskStatus::kError;
-  DiskSlotHeader header;
-  const std::byte* payload = nullptr;
-  std::vector<uint64_t> sums;
-  DiskStatus status = Check(move, n_read, buffers, &header, &payload);
-  if (status == DiskStatus::kOk) {
-    for (uint32_t rank = 0; rank < header.ranks; ++rank) {
-      sums.push_back(Xxh3_64(payload + uint64_t{rank} * header.share_length, header.share_length));
-    }
-    if (PayloadChecksum(sums.data(), sums.size()) != header.payload_checksum) {
-      status = DiskStatus::kRecord;
-    }
-  }
-  if (status != DiskStatus::kOk) {
-    Keep(move, buffers->stored.get(), n_read);
-    return status;
+  DiskRecord wanted = {};
+  std::memcpy(wanted.key, move.key, kKeyBytes);
+  wanted.generation = move.record_generation;
+  wanted.group = move.group;
+  SlotBlock block = {};
+  const SlotFault fault = ReadSlot(header_, wanted, buffers->stored.get(), n_read, &buffers->codec,
+                                   buffers->plain.get(), &block);
+  if (fault != SlotFault::kNone) {
+    Keep(wanted, move.record, buffers->stored.get(), n_read);
+    return DiskStatus::kRecord;
   }
   for (size_t rank = 0; rank < tables_.size(); ++rank) {  // D3
     const SlotTable& table = tables_[rank];
     if (!table.Claim(move.slot, move.slot_generation)) return DiskStatus::kSource;
     // A2, I4: kWriting is seen before any byte, every byte before kComplete.
     fence_();
-    std::memcpy(table.Data(move.slot), payload + rank * header.share_length, header.share_length);
+    std::memcpy(table.Data(move.slot), block.payload + rank * block.share_length,
+                block.share_length);
     fence_();
-    const Identity identity = {move.group, header.share_length,
+    const Identity identity = {move.group, block.share_length,
                                reinterpret_cast<const std::byte*>(move.key)};
-    if (!table.Complete(move.slot, move.slot_generation, identity, sums[rank])) {
+    if (!table.Complete(move.slot, move.slot_generation, identity, block.sums[rank])) {
       return DiskStatus::kSource;
     }
-    done->checksum ^= sums[rank];
+    done->checksum ^= block.sums[rank];
   }
   done->bytes = n_read;
   done->check_s = Now() - begin - done->io_s;

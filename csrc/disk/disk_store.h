@@ -166,8 +166,6 @@ class DiskStore {
   DiskStatus Do(const Queued& item, Buffers* buffers, DiskMoved* done);
   DiskStatus DoWrite(const Queued& item, Buffers* buffers, DiskMoved* done);
   DiskStatus DoRead(const DiskMove& move, Buffers* buffers, DiskMoved* done);
-  DiskStatus Check(const DiskMove& move, size_t n_read, Buffers* buffers, DiskSlotHeader* header,
-                   const std::byte** payload);
   bool TakeFromArena(const DiskMove& move, std::byte* payload, DiskRecord* record);
   std::byte* Encode(Buffers* buffers, DiskRecord* record);
   void PutHeader(const DiskRecord& record, std::byte* slot) const;
@@ -178,7 +176,7 @@ class DiskStore {
   void FreeUnitsLocked(uint64_t record);  // REQUIRES: space_mutex_
   int Grow(uint64_t end);
   int WriteRecord(uint64_t number, const DiskRecord& record);
-  void Keep(const DiskMove& move, const std::byte* slot, size_t n);
+  void Keep(DiskRecord wanted, uint64_t number, const std::byte* slot, size_t n);
 
   // Immutable once open.
   const DiskOptions options_;

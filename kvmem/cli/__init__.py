@@ -1,4 +1,4 @@
-"""The kvmem command: `demo`, `serve`, `stats`, `switch`.
+"""The kvmem command: `demo`, `serve`, `stats`, `switch`, `verify`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -22,6 +22,8 @@ from kvmem.errors import KVMemError
 __all__ = ["app", "main"]
 
 NO_ENGINE = 1
+NOT_SOUND = 1
+DISK_PATH = Path(config.Config().disk_path)
 OUTPUTS_DIFFER = 1
 BAD_INPUT = 2
 OUR_PREFIX = "--kvmem-"
@@ -44,6 +46,7 @@ bit, when a prompt begins the same way.
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
   kvmem stats --watch     what the running engines reuse, live
   kvmem switch            its loads and stores off and on, in a running engine
+  kvmem verify            look through what is on the disk, every byte
 """,
 )
 
@@ -242,6 +245,27 @@ def switch(
         set_switch(switching.only(found), loads=_is_on(loads), stores=_is_on(stores))
     for line in switching.lines(found):
         typer.echo(line)
+
+
+@app.command()
+def verify(
+    path: Annotated[
+        Path, typer.Argument(help="The setting disk_path, or one store's own folder.")
+    ] = DISK_PATH,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Empty the records of what is bad.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for machines.")] = False,
+) -> None:
+    """Look through disk stores that no engine has open: every record, every byte, every parent.
+
+    An engine checks each block as it reads it, so this is never needed; it tells beforehand. Exit
+    code 1 unless every store was looked at and is sound, or was repaired.
+    """
+    from kvmem.cli.verifying import run
+
+    if not run(path, repair=repair, as_json=as_json):
+        raise typer.Exit(NOT_SOUND)
 
 
 def _is_on(given: Literal["on", "off"] | None) -> bool | None:

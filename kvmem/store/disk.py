@@ -19,7 +19,7 @@ from kvmem import events
 from kvmem._core import DiskStore
 from kvmem.errors import CapacityError, ConfigError
 from kvmem.store.arena import Arena
-from kvmem.store.folders import claim, start_anew, trim
+from kvmem.store.folders import TABLE, claim, start_anew, trim
 from kvmem.types import Move, Moved, Recovered
 
 __all__ = ["Disk"]
@@ -249,7 +249,7 @@ class Disk:
             try:
                 os.pwrite(fd, text, 0)
                 os.fdatasync(fd)
-                return os.pread(fd, len(text), 0) == text and (self.folder / "table.kvd").exists()
+                return os.pread(fd, len(text), 0) == text and (self.folder / TABLE).exists()
             finally:
                 os.close(fd)
                 path.unlink()

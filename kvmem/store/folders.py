@@ -24,13 +24,14 @@ import msgspec
 
 from kvmem.errors import ConfigError
 
-__all__ = ["LOCK", "Folder", "claim", "folders", "start_anew", "trim"]
+__all__ = ["LOCK", "TABLE", "Folder", "claim", "folders", "start_anew", "trim"]
 
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{1,3})")
 _SIDE_BY_SIDE = 100
 _GONE = ".gone"
 LOCK = "lock"
-FILES = ("table.kvd", "data.kvd")
+TABLE = "table.kvd"
+_FILES = "*.kvd*"
 
 
 class Folder(msgspec.Struct, frozen=True):
@@ -112,8 +113,8 @@ def start_anew(own: Path) -> None:
     """Removes a store's files, if nobody has it open."""
     with _locked(own) as held:
         if held:
-            for name in FILES:
-                (own / name).unlink(missing_ok=True)
+            for path in own.glob(_FILES):
+                path.unlink()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,69 @@
+#include "disk/disk_slot.h"
+
+#include <cstring>
+
+#include "hash/xxh3.h"
+
+namespace kvmem {
+
+const char* NameOf(SlotFault fault) {
+  switch (fault) {
+    case SlotFault::kNone:
+      return "";
+    case SlotFault::kShort:
+      return "short";
+    case SlotFault::kHeader:
+      return "header";
+    case SlotFault::kIdentity:
+      return "identity";
+    case SlotFault::kBytes:
+      return "bytes";
+    case SlotFault::kBlock:
+      return "block";
+    case SlotFault::kUnread:
+      return "unread";
+  }
+  return "header";
+}
+
+SlotFault ReadSlot(const DiskHeader& store, const DiskRecord& wanted, const std::byte* slot,
+                   size_t n_read, DiskCodec* codec, std::byte* plain, SlotBlock* block) {
+  DiskSlotHeader header;
+  if (n_read < sizeof header) return SlotFault::kShort;
+  std::memcpy(&header, slot, sizeof header);
+  if (!IsSound(header)) return SlotFault::kHeader;
+  if (header.generation != wanted.generation ||
+      std::memcmp(header.key, wanted.key, kKeyBytes) != 0 ||
+      std::memcmp(header.name_space, store.name_space, kKeyBytes) != 0 ||
+      header.group != wanted.group || header.ranks != store.ranks) {  // I1
+    return SlotFault::kIdentity;
+  }
+  const uint64_t n = uint64_t{header.share_length} * store.ranks;
+  if (n == 0 || header.share_length > store.share_bytes || header.stored_length > n ||
+      !IsCodec(header.codec) || (header.codec == 0 && header.stored_length != n)) {
+    return SlotFault::kHeader;
+  }
+  if (n_read < sizeof header + header.stored_length) return SlotFault::kShort;
+  const std::byte* const stored = slot + sizeof header;
+  if (Xxh3_64(stored, header.stored_length) != header.stored_checksum) return SlotFault::kBytes;
+  block->payload = stored;
+  if (header.codec != 0) {
+    if (!DiskCodec::Available()) return SlotFault::kUnread;
+    std::byte* const decoded = plain + sizeof header;
+    if (!codec->Decode(header.codec, stored, header.stored_length, decoded, n)) {
+      return SlotFault::kBlock;
+    }
+    block->payload = decoded;
+  }
+  block->share_length = header.share_length;
+  block->sums.clear();
+  for (uint32_t rank = 0; rank < store.ranks; ++rank) {
+    block->sums.push_back(
+        Xxh3_64(block->payload + uint64_t{rank} * header.share_length, header.share_length));
+  }
+  return PayloadChecksum(block->sums.data(), block->sums.size()) == header.payload_checksum
+             ? SlotFault::kNone
+             : SlotFault::kBlock;
+}
+
+}  // namespace kvmem
