@@ -42,7 +42,7 @@ from benchmarks._process import exit_on_sigterm, leftovers, shared_memory
 from benchmarks._report import finish, spread
 from kvmem.demo import model as demo_model
 
-__all__: list[str] = []
+__all__ = ["Prompts", "native_dtype"]
 
 _LENGTHS = (2_787, 6_000)
 _SHORT_LENGTHS = (1_000,)
@@ -271,7 +271,7 @@ def _engines(
         yield engines
 
 
-def _native_dtype() -> str:
+def native_dtype() -> str:
     """bfloat16 where the CPU multiplies it; elsewhere a prompt of 2,800 tokens takes minutes."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 2)[1].split()
     return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument(
         "--short", action="store_true", help="one short prompt, two rounds, no LMCache"
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=_native_dtype())
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=native_dtype())
     parser.add_argument("--rounds", type=int, help="of every arm at each length (9)")
     parser.add_argument("--tokens", type=int, action="append", help="only prompts of so many")
     parser.add_argument("--lmcache-python", type=Path, help="a Python with LMCache and vLLM")

@@ -299,6 +299,25 @@ class SlotCopier:
     @property
     def slot_bytes(self) -> int: ...
 
+class DiskCodec:
+    """How blocks are stored shorter, and exact. One thread."""
+
+    def __init__(self) -> None: ...
+
+    @staticmethod
+    def available() -> bool:
+        """Whether this machine has libzstd.so.1."""
+
+    def encode(self, codec: int, block: numpy.typing.NDArray[numpy.uint8]) -> numpy.typing.NDArray[numpy.uint8] | None:
+        """
+        The stored bytes (docs/formats.md, "stored"); None where they would not be fewer.
+        """
+
+    def decode(self, codec: int, stored: numpy.typing.NDArray[numpy.uint8], block: numpy.typing.NDArray[numpy.uint8]) -> bool:
+        """
+        Fills `block`; False if these are not the stored bytes of a block of its size.
+        """
+
 class DiskVerifier:
     """Looks through a store that nobody has open. One thread."""
 
@@ -351,7 +370,7 @@ class DiskStore:
     Any thread may call. Keeps the arena's buffer alive until it goes.
     """
 
-    def __init__(self, folder: str, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], disk_bytes: int, namespace: bytes, threads: int = 2, queue: int = 256, codec: bool = True, flush_s: float = 5.0, faults: str = '') -> None:
+    def __init__(self, folder: str, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], disk_bytes: int, namespace: bytes, threads: int = 4, queue: int = 256, codec: bool = True, flush_s: float = 5.0, faults: str = '') -> None:
         """
         The folder is there and private. `codec`: blocks are stored shorter where that pays.
         A power cut undoes no write older than `flush_s`.

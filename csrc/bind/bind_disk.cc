@@ -22,6 +22,7 @@ namespace {
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 using Buffer = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Plain = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void Require(bool holds, const std::string& message) {
   if (!holds) throw nb::value_error(message.c_str());
@@ -179,6 +180,33 @@ class PyDiskStore {
   std::unique_ptr<DiskStore> store_;
 };
 
+// The codec of the disk tier by itself, for benchmarks and other readers of a store.
+class PyDiskCodec {
+ public:
+  nb::object Encode(uint32_t how, Plain from) {
+    Require(how == 2 || how == 4, "codec must be 2 or 4");
+    std::vector<uint8_t> stored(from.size());
+    size_t n = 0;
+    {
+      nb::gil_scoped_release release;
+      n = codec_.Encode(how, reinterpret_cast<const std::byte*>(from.data()), from.size(),
+                        reinterpret_cast<std::byte*>(stored.data()), stored.size());
+    }
+    if (n == 0) return nb::none();
+    stored.resize(n);
+    return ToNumpy(std::move(stored));
+  }
+
+  bool Decode(uint32_t how, Plain from, Buffer to) {
+    nb::gil_scoped_release release;
+    return codec_.Decode(how, reinterpret_cast<const std::byte*>(from.data()), from.size(),
+                         reinterpret_cast<std::byte*>(to.data()), to.size());
+  }
+
+ private:
+  DiskCodec codec_;
+};
+
 class PyDiskVerifier {
  public:
   explicit PyDiskVerifier(const std::string& folder) {
@@ -257,6 +285,17 @@ class PyDiskVerifier {
 }  // namespace
 
 void RegisterDisk(nb::module_& m) {
+  nb::class_<PyDiskCodec>(m, "DiskCodec", "How blocks are stored shorter, and exact. One thread.")
+      .def(nb::init<>())
+      .def_static("available", &DiskCodec::Available, "Whether this machine has libzstd.so.1.")
+      .def("encode", &PyDiskCodec::Encode, "codec"_a, "block"_a.noconvert(),
+           nb::sig("def encode(self, codec: int, block: numpy.typing.NDArray[numpy.uint8]) -> "
+                   "numpy.typing.NDArray[numpy.uint8] | None"),
+           "The stored bytes (docs/formats.md, \"stored\"); None where they would not be fewer.")
+      .def("decode", &PyDiskCodec::Decode, "codec"_a, "stored"_a.noconvert(), "block"_a.noconvert(),
+           nb::sig("def decode(self, codec: int, stored: numpy.typing.NDArray[numpy.uint8], "
+                   "block: numpy.typing.NDArray[numpy.uint8]) -> bool"),
+           "Fills `block`; False if these are not the stored bytes of a block of its size.");
   nb::class_<PyDiskVerifier>(m, "DiskVerifier",
                              "Looks through a store that nobody has open. One thread.")
       .def(nb::init<const std::string&>(), "folder"_a,
@@ -283,7 +322,7 @@ void RegisterDisk(nb::module_& m) {
       "Any thread may call. Keeps the arena's buffer alive until it goes.")
       .def(nb::init<const std::string&, Buffer, int64_t, const nb::bytes&, int, int64_t, bool,
                     double, const std::string&>(),
-           "folder"_a, "arena"_a.noconvert(), "disk_bytes"_a, "namespace"_a, "threads"_a = 2,
+           "folder"_a, "arena"_a.noconvert(), "disk_bytes"_a, "namespace"_a, "threads"_a = 4,
            "queue"_a = 256, "codec"_a = true, "flush_s"_a = 5.0, "faults"_a = "",
            "The folder is there and private. `codec`: blocks are stored shorter where that pays.\n"
            "A power cut undoes no write older than `flush_s`.\n"

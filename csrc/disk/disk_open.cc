@@ -167,6 +167,7 @@ int DiskStore::MakeTable() {
 int DiskStore::ReadTable(const DiskHeader& header,
                          std::vector<std::pair<uint64_t, DiskRecord>>* found) {
   std::vector<DiskRecord> some(kRecordsAtATime);
+  found->reserve(header.n_records);
   for (uint64_t first = 0; first < header.n_records; first += kRecordsAtATime) {
     const uint64_t n = std::min(kRecordsAtATime, header.n_records - first);
     size_t n_read = 0;
@@ -214,20 +215,26 @@ int DiskStore::Resize(const DiskHeader& there) {
 int DiskStore::Recovered(DiskRecovered* recovered) {
   std::vector<std::pair<uint64_t, DiskRecord>> found;
   if (const int error = ReadTable(header_, &found)) return error;
-  std::sort(found.begin(), found.end(),
-            [](const auto& a, const auto& b) { return a.second.sequence < b.second.sequence; });
+  std::vector<std::pair<uint64_t, uint32_t>> order;  // by sequence; a record is large to move
+  order.reserve(found.size());
+  for (const auto& [number, record] : found) {
+    order.emplace_back(record.sequence, static_cast<uint32_t>(order.size()));
+  }
+  std::sort(order.begin(), order.end());
   const std::lock_guard lock(space_mutex_);
   // Newest first: where two name the same units, the older one's bytes are gone (D7).
-  for (auto one = found.rbegin(); one != found.rend(); ++one) {
-    const uint32_t units = UnitsOf(one->second, header_);
-    const bool readable = one->second.codec == 0 || DiskCodec::Available();
-    if (!readable || !space_->TakeAt(one->second.place, units)) {
-      one->second.generation = 0;
+  for (auto one = order.rbegin(); one != order.rend(); ++one) {
+    auto& [number, record] = found[one->second];
+    const uint32_t units = UnitsOf(record, header_);
+    const bool readable = record.codec == 0 || DiskCodec::Available();
+    if (!readable || !space_->TakeAt(record.place, units)) {
+      record.generation = 0;
       continue;
     }
-    extents_[one->first] = {one->second.place, units};
+    extents_[number] = {record.place, units};
   }
-  for (const auto& [number, record] : found) {
+  for (const auto& [sequence, at] : order) {
+    const auto& [number, record] = found[at];
     if (record.generation == 0) continue;
     recovered->records.push_back(static_cast<int32_t>(number));
     recovered->generations.push_back(record.generation);
@@ -235,7 +242,7 @@ int DiskStore::Recovered(DiskRecovered* recovered) {
     recovered->keys.insert(recovered->keys.end(), record.key, record.key + kKeyBytes);
     recovered->parents.insert(recovered->parents.end(), record.parent, record.parent + kKeyBytes);
   }
-  if (!found.empty()) sequence_.store(found.back().second.sequence, std::memory_order_relaxed);
+  if (!order.empty()) sequence_.store(order.back().first, std::memory_order_relaxed);
   return 0;
 }
 

@@ -56,7 +56,7 @@ enum class DiskStatus : uint8_t { kOk = 0, kSource = 1, kRecord = 2, kError = 3,
 struct DiskOptions {
   std::string folder;
   uint64_t disk_bytes = 0;
-  int n_threads = 2;
+  int n_threads = 4;  // while one checks and copies, others keep the disk busy
   size_t queue = 256;
   bool codec = true;   // store shorter what can be
   double flush_s = 5;  // after a write at most, until a power cut can't undo it

@@ -116,57 +116,66 @@ void HostTier::DropLease(SlotId slot) {
 // An earlier run's blocks
 
 std::vector<size_t> HostTier::Restore(const Recovered& blocks) {
+  std::vector<size_t> lost;
+  std::vector<size_t> early;  // before their parents
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < blocks.n; ++i) {
+    bool orphan = false;
+    if (!RestoreOne(blocks, i, &orphan)) (orphan ? early : lost).push_back(i);
+  }
+  RestoreEarly(blocks, early, &lost);
+  std::sort(lost.begin(), lost.end());
+  return lost;
+}
+
+// Those that came before their parents, if their parents came at all. Mostly few: threads that
+// write side by side.
+void HostTier::RestoreEarly(const Recovered& blocks, const std::vector<size_t>& early,
+                            std::vector<size_t>* gone) {
   enum : uint8_t { kUnseen, kOnPath, kHere, kLost };
-  const Key none = {};
   struct KeyHash {
     size_t operator()(const Key& key) const { return static_cast<size_t>(Mix(key)); }
   };
-  std::unordered_map<Key, size_t, KeyHash> by_key;
-  by_key.reserve(blocks.n);
-  std::vector<uint8_t> place(blocks.n, kUnseen);
-  const auto key = [&](size_t i) { return LoadKey(blocks.keys + i * kKeyBytes); };
-  const auto parent = [&](size_t i) { return LoadKey(blocks.parents + i * kKeyBytes); };
-  for (size_t i = 0; i < blocks.n; ++i) {
-    if (!by_key.emplace(key(i), i).second) place[i] = kLost;
+  std::unordered_map<Key, size_t, KeyHash> by_key;  // to their place in `early`
+  std::vector<uint8_t> place(early.size(), kUnseen);
+  const auto parent = [&](size_t at) { return LoadKey(blocks.parents + early[at] * kKeyBytes); };
+  by_key.reserve(early.size());
+  for (size_t at = 0; at < early.size(); ++at) {
+    if (!by_key.emplace(LoadKey(blocks.keys + early[at] * kKeyBytes), at).second) place[at] = kLost;
   }
   std::vector<size_t> path;
-  const std::lock_guard lock(mutex_);
-  for (size_t i = 0; i < blocks.n; ++i) {
+  for (size_t first = 0; first < early.size(); ++first) {
     // Up to the first block that is decided, then down again: parents first (I2).
     bool lost = false;
-    size_t at = i;
-    while (place[at] == kUnseen) {
+    for (size_t at = first; place[at] == kUnseen;) {
       place[at] = kOnPath;
       path.push_back(at);
-      if (parent(at) == none) break;
       const auto above = by_key.find(parent(at));
-      lost = above == by_key.end();
-      if (lost) break;
+      if (above == by_key.end()) break;  // RestoreOne() knows whether it is there by now
       at = above->second;
       lost = place[at] == kLost || place[at] == kOnPath;
-      if (lost || place[at] == kHere) break;
     }
     for (; !path.empty(); path.pop_back()) {
-      lost = lost || !RestoreOne(blocks, path.back());
+      bool orphan = false;
+      lost = lost || !RestoreOne(blocks, early[path.back()], &orphan);
       place[path.back()] = lost ? kLost : kHere;
     }
   }
-  std::vector<size_t> gone;
-  for (size_t i = 0; i < blocks.n; ++i) {
-    if (place[i] == kLost) gone.push_back(i);
+  for (size_t at = 0; at < early.size(); ++at) {
+    if (place[at] == kLost) gone->push_back(early[at]);
   }
-  return gone;
 }
 
-bool HostTier::RestoreOne(const Recovered& blocks, size_t i) {
+// False if it can't be; *orphan: since its parent is not here.
+bool HostTier::RestoreOne(const Recovered& blocks, size_t i, bool* orphan) {
   const int32_t at = blocks.slots[i];
   if (at < 0 || static_cast<uint32_t>(at) >= index_.n_slots()) return false;
   const SlotId slot = static_cast<SlotId>(at);
   const Key key = LoadKey(blocks.keys + i * kKeyBytes);
   const Key above = LoadKey(blocks.parents + i * kKeyBytes);
   const SlotId parent = above == Key{} ? kNoSlot : index_.Find(above);
-  const bool closed = above == Key{} || parent != kNoSlot;
-  if (!closed || index_.state(slot) != BlockState::kFree || index_.Find(key) != kNoSlot ||
+  *orphan = above != Key{} && parent == kNoSlot;
+  if (*orphan || index_.state(slot) != BlockState::kFree || index_.Find(key) != kNoSlot ||
       blocks.generations[i] == 0 || blocks.generations[i] >= kMaxRestored) {
     return false;
   }

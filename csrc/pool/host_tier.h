@@ -116,7 +116,7 @@ class HostTier {
 
   // Publishes what an earlier run had, in their slots and generations. Returns which could not be:
   // their parent is not among them (I2), or slot or key is another's. REQUIRES: nothing was
-  // reserved yet. O(n).
+  // reserved yet. O(n), and fastest where parents come before their children.
   std::vector<size_t> Restore(const Recovered& blocks);
 
   // Takes slots for the blocks of [start, stop) that are not here, evicting if it must. REQUIRES:
@@ -167,7 +167,9 @@ class HostTier {
   void Orphan(SlotId slot);
   void DropLease(SlotId slot);
   std::vector<SlotId> Subtree(SlotId root) const;
-  bool RestoreOne(const Recovered& blocks, size_t i);
+  bool RestoreOne(const Recovered& blocks, size_t i, bool* orphan);
+  void RestoreEarly(const Recovered& blocks, const std::vector<size_t>& early,
+                    std::vector<size_t>* gone);
   void CheckSlots(std::vector<std::string>* faults) const;
   void CheckLeases(std::vector<std::string>* faults) const;
 

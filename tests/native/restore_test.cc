@@ -58,7 +58,7 @@ void TestAnIndexIsRestoredWithItsClosure() {
     earlier.Add(8, 1, 12, 11);   // and so is its child
     earlier.Add(9, 1, 0, -1);    // a second block of that key
     earlier.Add(40, 1, 20, -1);  // no such slot
-    earlier.Add(3, 8, 21, -1);   // another's slot
+    earlier.Add(0, 8, 21, -1);   // another's slot
     earlier.Add(10, 0, 22, -1);  // no generation
     earlier.Add(11, 1, 31, 32);  // a ring
     earlier.Add(12, 1, 32, 31);
