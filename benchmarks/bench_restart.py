@@ -4,9 +4,9 @@
 
 Ready: the time in which a store of so many slots is opened, its table read and checked, and its
 index rebuilt with every block under its parent, as an engine does it at its start. The table is a
-real one, written record by record in chains of 170 blocks; nothing of the blocks themselves is read,
-so the data file is empty. Its pages are in the page cache; at 128 bytes a slot a million of them
-are 0.06 s of a disk of 2 GB/s more.
+real one, written record by record in chains of 170 blocks; nothing of the blocks is read, so the
+data file is empty. Its pages are in the page cache; at 128 bytes a slot a million of them are
+0.06 s of a disk of 2 GB/s more.
 
 First request: an engine with the demo's model answers a prompt of real text, ends, and another one
 starts over the same folder. Its first answer must come from the disk whole, and be the token that

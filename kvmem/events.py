@@ -106,6 +106,14 @@ class TierOn(Event, frozen=True, kw_only=True, tag="tier_on"):
     seconds: float
 
 
+class Proof(Event, frozen=True, kw_only=True, tag="proof"):
+    """What was stored to try it out came back bit for bit, or `error`: then no prompt is answered
+    from that tier."""
+
+    tier: str
+    error: str
+
+
 class Failure(Event, frozen=True, kw_only=True, tag="failure"):
     """Something inside kvmem raised; the request went on without it (I9)."""
 

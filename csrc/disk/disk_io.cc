@@ -58,6 +58,7 @@ constexpr std::string_view kPoints[] = {"before_tombstone", "after_tombstone", "
                                         "after_record"};
 constexpr std::string_view kCalls[] = {"write", "read", "allocate", "flush"};
 constexpr size_t kRecordBytes = 128;
+constexpr size_t kPage = 4096;  // records are read in other pieces than slots
 
 class Faulty final : public DiskIo {
  public:
@@ -74,6 +75,10 @@ class Faulty final : public DiskIo {
     uint64_t bytes;
     uint64_t n;
   };
+  struct Flip {
+    uint64_t bit;
+    uint64_t n;
+  };
 
   int Write(int fd, const void* bytes, size_t n, uint64_t at) override {
     if (const int error = Failed(0)) return error;
@@ -88,7 +93,14 @@ class Faulty final : public DiskIo {
   int Read(int fd, void* bytes, size_t n, uint64_t at, size_t* n_read) override {
     *n_read = 0;
     if (const int error = Failed(1)) return error;
-    return DiskIo::Read(fd, bytes, n, at, n_read);
+    const int error = DiskIo::Read(fd, bytes, n, at, n_read);
+    const uint64_t call = at % kPage == 0 && n % kPage == 0 ? ++slot_reads_ : 0;
+    for (const Flip& flip : flips) {
+      if (flip.n != call || flip.bit / 8 >= *n_read) continue;
+      static_cast<unsigned char*>(bytes)[flip.bit / 8] ^=
+          static_cast<unsigned char>(1 << flip.bit % 8);
+    }
+    return error;
   }
   int Allocate(int fd, uint64_t at, uint64_t n) override {
     if (const int error = Failed(2)) return error;
@@ -109,6 +121,7 @@ class Faulty final : public DiskIo {
   std::vector<Kill> kills;
   std::vector<Fail> fails;
   std::vector<Tear> tears;
+  std::vector<Flip> flips;
 
  private:
   int Failed(size_t call) {
@@ -122,6 +135,7 @@ class Faulty final : public DiskIo {
   std::atomic<uint64_t> calls_[4] = {};
   std::atomic<uint64_t> passed_[4] = {};
   std::atomic<uint64_t> large_writes_{0};
+  std::atomic<uint64_t> slot_reads_{0};
 };
 
 std::vector<std::string_view> Split(std::string_view text, char by) {
@@ -163,6 +177,11 @@ bool Add(Faulty* io, const std::vector<std::string_view>& words) {
     if (!call || !error || *error == 0 || *error > 4095) return false;
     io->fails.push_back({*call, static_cast<int>(*error), *n});
     return true;
+  }
+  if (words[0] == "flip" && words.size() == 3) {
+    const std::optional<uint64_t> bit = Number(words[1]);
+    if (bit) io->flips.push_back({*bit, *n});
+    return bit.has_value();
   }
   if (words[0] == "tear" && words.size() == 3) {
     const std::optional<uint64_t> bytes = Number(words[1]);

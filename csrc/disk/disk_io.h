@@ -33,6 +33,7 @@ class DiskIo {
 //                     after_tombstone, after_data or after_record
 //   fail:CALL:ERRNO:N write, read, allocate or flush fail from their N-th call on
 //   tear:BYTES:N      of the N-th write of more than a record only so many bytes arrive
+//   flip:BIT:N        that bit is another in what the N-th read of a slot gives, if it is that long
 std::unique_ptr<DiskIo> FaultyDiskIo(const std::string& spec, std::string* error);
 
 }  // namespace kvmem

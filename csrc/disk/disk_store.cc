@@ -80,7 +80,7 @@ bool DiskStore::Begin(const DiskMove& move, bool write) {
     if (queue_.size() >= options_.queue) return false;  // D5
     {
       const std::lock_guard space(space_mutex_);
-      busy_[move.record] = false;
+      busy_[move.record] = {.cleared = false, .pledged = write};
       if (write) pledged_ += plan_.slot_units;
     }
     queue_.push_back({move, write, Now(), epoch});
@@ -151,11 +151,11 @@ DiskStatus DiskStore::Do(const Queued& item, Buffers* buffers, DiskMoved* done) 
     status = item.write ? DoWrite(item, buffers, done) : DoRead(item.move, buffers, done);
   }
   const std::lock_guard lock(space_mutex_);
-  if (item.write) pledged_ -= plan_.slot_units;
   const auto busy = busy_.find(item.move.record);
-  const bool cleared = busy->second;
+  const Busy was = busy->second;
   busy_.erase(busy);
-  if (cleared) FreeUnitsLocked(item.move.record);  // D7
+  if (was.pledged) pledged_ -= plan_.slot_units;
+  if (was.cleared) FreeUnitsLocked(item.move.record);  // D7
   return status;
 }
 
@@ -191,6 +191,8 @@ uint64_t DiskStore::TakeUnits(uint64_t record, uint64_t units) {
   const std::lock_guard lock(space_mutex_);
   const uint64_t place = space_->Take(static_cast<uint32_t>(units));
   if (place != DiskSpace::kNone) {
+    busy_.at(record).pledged = false;
+    pledged_ -= plan_.slot_units;
     extents_[record] = {static_cast<uint32_t>(place), static_cast<uint32_t>(units)};
   }
   return place;
@@ -430,7 +432,7 @@ int DiskStore::Clear() {
     if (busy == busy_.end()) {
       FreeUnitsLocked(record);
     } else {
-      busy->second = true;
+      busy->second.cleared = true;
     }
   }
   return 0;

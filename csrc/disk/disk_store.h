@@ -148,6 +148,10 @@ class DiskStore {
   };
   // A thread's own: the block as it is and as it is stored, each behind room for a slot's header.
   struct Buffers;
+  struct Busy {
+    bool cleared;  // its units go when it is over
+    bool pledged;  // its units are among the pledged ones
+  };
   // Where a record's slot is; no units: nowhere.
   struct Extent {
     uint32_t place = 0;
@@ -204,10 +208,9 @@ class DiskStore {
   // Guarded by space_mutex_.
   std::mutex space_mutex_;
   std::unique_ptr<DiskSpace> space_;
-  std::vector<Extent> extents_;  // of each record
-  uint64_t pledged_ = 0;         // units that queued writes may need
-  // Records of operations under way; true: it was cleared, and its units go when it is over.
-  std::unordered_map<uint64_t, bool> busy_;
+  std::vector<Extent> extents_;              // of each record
+  uint64_t pledged_ = 0;                     // units that queued writes may need
+  std::unordered_map<uint64_t, Busy> busy_;  // records of operations under way
 
   // Guarded by mutex_.
   std::mutex mutex_;

@@ -15,6 +15,7 @@ Thread safety: one thread calls it, the one of the `Cache`.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -111,6 +112,10 @@ class _Batch:
         self.moved: dict[int, Moved] = {}
         self.waiting: list[Promotion] = []
 
+    @property
+    def is_over(self) -> bool:
+        return len(self.moved) == len(self.moves)
+
 
 class Moves:
     """See the module.
@@ -139,6 +144,7 @@ class Moves:
         self._bus = bus
         self._tickets = itertools.count(1)
         self._batch_of: dict[int, _Batch] = {}
+        self._down: deque[_Batch] = deque()  # in the order in which they began: parents first
         self._coming: dict[bytes, _Batch] = {}
         self.totals = {
             "written": 0, "read": 0, "bytes_written": 0, "bytes_read": 0, "faults": 0,
@@ -172,7 +178,7 @@ class Moves:
     @property
     def n_under_way(self) -> int:
         """Moves that are not over."""
-        return len(self._batch_of)
+        return len(self._batch_of) + len(self._down)
 
     # -- down --------------------------------------------------------------------------------
 
@@ -228,7 +234,9 @@ class Moves:
         if begun < len(index):  # the queue is full: what hangs below goes with it
             self.totals["refused"] += len(index) - begun
             self.disk.abandon(records[begun:], record_generations[begun:])
-        if not begun:
+        if begun:
+            self._down.append(batch)
+        else:
             self._host.release(lease)
 
     def _evict(self, n: int) -> int:
@@ -320,11 +328,11 @@ class Moves:
             batch.moved[moved.ticket] = moved
             for name in ("queued_s", "io_s", "check_s"):
                 self.totals[name] += getattr(moved, name)
-            if len(batch.moved) == len(batch.moves):
-                if batch.down:
-                    self._written(batch)
-                else:
-                    self._read(batch)
+            if batch.is_over and not batch.down:
+                self._read(batch)
+        # A block that was written before its parent waits for it (I2).
+        while self._down and self._down[0].is_over:
+            self._written(self._down.popleft())
 
     def _try_again(self, batch: _Batch, ticket: int) -> bool:
         batch.tries += 1

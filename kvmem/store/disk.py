@@ -19,6 +19,7 @@ from kvmem import events
 from kvmem._core import DiskStore
 from kvmem.errors import CapacityError, ConfigError
 from kvmem.store.arena import Arena
+from kvmem.store.disk_proof import prove
 from kvmem.store.folders import TABLE, claim, start_anew, trim
 from kvmem.types import Move, Moved, Recovered
 
@@ -44,7 +45,7 @@ class Disk:
         bus: where it is told that the disk failed, or works again.
         codec: the setting disk_codec: blocks are stored shorter where that pays.
         clock: seconds, for when a disk that failed is tried again.
-        faults: for tests, see csrc/disk/disk_io.h.
+        faults, proof_faults: for tests, see csrc/disk/disk_io.h.
 
     Raises:
         ConfigError, CapacityError: the folder or the budget can't be used.
@@ -61,7 +62,10 @@ class Disk:
         codec: bool = True,
         clock: Callable[[], float] = time.monotonic,
         faults: str = "",
+        proof_faults: str = "",
     ) -> None:
+        self._like = arena.header
+        self._proof_faults = proof_faults
         self._bytes = disk_bytes
         self._codec = codec
         self._bus = bus
@@ -76,6 +80,8 @@ class Disk:
         buffer = np.frombuffer(arena.buffer, np.uint8)
         self.folder, self._store = self._open(root, buffer, namespace, faults)
         trim(self.folder, disk_bytes, soon_bytes=2 * TRIM_BYTES)
+        if error := self._prove():
+            self._failed(error)
 
     def _open(
         self, root: Path, buffer: np.ndarray, namespace: bytes, faults: str
@@ -240,8 +246,17 @@ class Disk:
             self._off_since_s = now
             self._bus.emit(events.TierOff(tier="disk", error=error))
 
+    def _prove(self) -> str:
+        """Whether blocks come back as they were; empty, or what went wrong."""
+        error = prove(self.folder, self._like, codec=self._codec, faults=self._proof_faults)
+        self._bus.emit(events.Proof(tier="disk", error=error))
+        return error and f"its proof failed: {error}"
+
     def _works(self) -> bool:
-        """Whether a file can be written, synced and read in the store's folder."""
+        """Whether a file can be written, synced and read in the store's folder, and blocks too."""
+        return self._probe() and not self._prove()
+
+    def _probe(self) -> bool:
         path = self.folder / PROBE
         text = os.urandom(4096)
         try:

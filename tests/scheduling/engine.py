@@ -526,8 +526,17 @@ class Engine:
         """What holds after every step."""
         assert self.half.cache.check_integrity() == []
 
+    def rest_disk(self) -> None:
+        """Until nothing is on its way between host and disk."""
+        for _ in range(1000):
+            if not self.half.cache.stats().get("disk", {}).get("under_way"):
+                return
+            self.half.cache.settle(0.1)
+        raise AssertionError("moves do not end")
+
     def assert_settled(self) -> None:
         """Nothing is held of requests that are over, and the counts add up."""
+        self.rest_disk()
         stats = self.half.cache.stats()
         assert (stats["pending"], stats["orphaned"], stats["leases"]) == (0, 0, 0), stats
         assert stats["condemned"] == 0, stats

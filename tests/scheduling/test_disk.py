@@ -42,11 +42,7 @@ def engine(start: Callable[..., Any]) -> Iterator[Engine]:
 
 def at_rest(engine: Engine) -> None:
     """Until nothing is on its way between host and disk."""
-    for _ in range(1000):
-        if not engine.half.cache.stats()["disk"]["under_way"]:
-            return
-        engine.half.cache.settle(0.1)
-    raise AssertionError("moves do not end")
+    engine.rest_disk()
 
 
 def only_on_disk(engine: Engine, prompt: list[int] = PROMPT) -> None:
@@ -162,8 +158,8 @@ def test_a_reset_is_a_reset_after_a_restart_too(start: Callable[..., Any]) -> No
 def test_more_prompts_than_both_tiers_hold(start: Callable[..., Any]) -> None:
     with start(n_host=12) as engine:
         slot_bytes = engine.half.disk._store.slot_bytes
-    with start(n_host=12, disk_gb=(4096 + 25 * (slot_bytes + 128)) / 2**30) as engine:
-        assert engine.half.disk.n_records == 25
+    with start(n_host=12, disk_gb=(4096 + 25 * (slot_bytes + 256)) / 2**30) as engine:
+        assert engine.half.disk.room == 25
         prompts = [other(5 * BLOCK + 3, seed) for seed in range(8)]
         for _ in range(3):
             for prompt in [*prompts, *reversed(prompts)]:

@@ -6,6 +6,7 @@ One thread calls it, the engine's scheduler. Nothing is copied here. Per request
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.namespace import namespace_of
 from kvmem.engines.vllm.page import Page
+from kvmem.engines.vllm.proof import Proofs
 from kvmem.engines.vllm.receipt import Receipt, Wishes
 from kvmem.engines.vllm.seen import Seen
 from kvmem.engines.vllm.storing import Storing
@@ -86,6 +88,7 @@ class SchedulerHalf:
             allowed={"loads": config.load, "stores": config.store},
         )
         self.totals = self.page.totals
+        self.proofs = Proofs(self.ranks, self.bus, time.monotonic)
         self.live = Live(self, vllm_config)
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
@@ -130,8 +133,8 @@ class SchedulerHalf:
 
     def match(self, request: Request, n_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that kvmem can add beyond the engine's own prefix hit, and that it will load
-        them between steps. None: ask again, the engine's own hit has to be looked up anew, or more
-        is on its way up from the disk.
+        them between steps. None: ask again, the engine's own hit has to be looked up anew, more
+        is on its way up from the disk, or nothing is proved yet.
 
         Called again and again for a waiting request, and the answer may be thrown away: asking
         changes nothing but what the request's leases hold.
@@ -165,6 +168,10 @@ class SchedulerHalf:
         if grant.coming:
             seen.grant = None
             return None, False
+        if grant.stop > start and self.proofs.wanted:
+            self.proofs.wait()
+            seen.grant = None
+            return None, False
         seen.grant = grant
         seen.receipt.matched(request, start, grant.stop, grant.missing, from_disk=grant.from_disk)
         seen.receipt.disk_ms = grant.disk_s * 1e3
@@ -175,6 +182,8 @@ class SchedulerHalf:
             return "switch"
         if skips:
             return "request"
+        if self.proofs.failed:
+            return "proof"
         return None if self._worker_maps else "worker"
 
     def unmatched(self, request: Request) -> None:
@@ -268,6 +277,7 @@ class SchedulerHalf:
             broken=list(self._broken.items()),
             # A lost step may have taken all the room there is: then no store would follow it.
             confirm=bool(self.storing.outstanding),
+            prove=self.proofs.wanted,
         )
 
     def wait_for_disk(self, output: SchedulerOutput) -> None:
@@ -333,6 +343,9 @@ class SchedulerHalf:
             self.failed(where, error)
             if where == MAP_FAILED:
                 self._worker_maps = False
+        error = self.proofs.told(acks.proofs) if acks is not None else None
+        if error is not None:
+            self.failed("proof", f"loads are off: {error}")
         # First: blocks of a step that loaded other weights than it was keyed for are not published.
         if acks is not None and acks.adapters:
             told = acks.adapters

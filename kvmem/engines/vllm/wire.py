@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvmem.engines.vllm.adapters import Held
+from kvmem.engines.vllm.proof import ProofDone
 
 __all__ = [
     "MAP_FAILED",
@@ -83,7 +84,8 @@ class Orders(KVConnectorMetadata):
     `sequence` rises by one a step, so that a lost acknowledgement is seen. `finished` requests'
     device blocks are kept by the engine until the worker names them as sent. `broken` are
     requests whose load was promised and cannot be made: (request, device blocks). `confirm` asks
-    for an acknowledgement even of a step that stores nothing.
+    for an acknowledgement even of a step that stores nothing, `prove` for what the worker's proof
+    found.
     """
 
     sequence: int
@@ -94,6 +96,7 @@ class Orders(KVConnectorMetadata):
     finished: list[str] = field(default_factory=list)
     broken: list[tuple[str, list[int]]] = field(default_factory=list)
     confirm: bool = False
+    prove: bool = False
 
 
 @dataclass(slots=True)
@@ -143,6 +146,7 @@ class Acks(KVConnectorWorkerMetadata):
     loads: list[LoadDone] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     adapters: list[Held] = field(default_factory=list)
+    proofs: list[ProofDone] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """What two workers did, in one."""
@@ -152,6 +156,7 @@ class Acks(KVConnectorWorkerMetadata):
             self.loads + other.loads,
             self.failures + other.failures,
             self.adapters + other.adapters,
+            self.proofs + other.proofs,
         )
 
 

@@ -25,6 +25,7 @@ from kvmem.config import Config
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.adapters import Loads
 from kvmem.engines.vllm.geometry import geometry_of
+from kvmem.engines.vllm.proof import N_SLOTS, ProofDone, prove
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
     Acks,
@@ -37,6 +38,7 @@ from kvmem.engines.vllm.wire import (
 )
 from kvmem.errors import EngineError, KVMemError, UnsupportedEngine
 from kvmem.store.arena import Arena
+from kvmem.store.scratch import Scratch
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +72,8 @@ class WorkerHalf:
         self.config = config
         self.geometry = geometry_of(vllm_config, kv_cache_config)
         self.rank = _rank_of(vllm_config)
+        self._ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._proof = "no device blocks were registered"
         self._devices: list[_Device] = []
         self._tensors: list[torch.Tensor | Sequence[torch.Tensor]] = []
         self._arena: Arena | None = None
@@ -106,8 +110,10 @@ class WorkerHalf:
             UnsupportedEngine: blocks of a layer are not whole ranges of memory.
         """
         devices = []
+        tensors_of: list[list[torch.Tensor]] = []
         for group in self.geometry.groups:
             device = _Device()
+            tensors_of.append([])
             for name, n_bytes in zip(group.layers, group.pages, strict=True):
                 tensors = kv_caches[name]
                 found = _pieces(name, tensors, n_bytes, self.geometry.n_device_blocks)
@@ -116,8 +122,19 @@ class WorkerHalf:
                     device.strides.append(stride)
                     device.pieces.append(piece)
                 self._tensors.append(tensors)
+                tensors_of[-1] += tensors if isinstance(tensors, Sequence) else [tensors]
             devices.append(device)
         self._devices = devices
+        self._proof = self._prove(tensors_of)
+
+    def _prove(self, tensors_of: list[list[torch.Tensor]]) -> str:
+        """Whether blocks come back as they were; empty, or what went wrong."""
+        try:
+            slot_bytes = self.geometry.slot_bytes
+            scratch = Scratch(N_SLOTS, slot_bytes, self._ranks, bytes(32))
+            return prove(tensors_of, self.geometry.n_device_blocks, self._copier(scratch.buffer))
+        except Exception as error:  # noqa: BLE001 the engine starts, without loads (I9)
+            return f"{type(error).__name__}: {error}"
 
     # -- loads -------------------------------------------------------------------------------
 
@@ -127,6 +144,8 @@ class WorkerHalf:
             return
         self._begun = orders.sequence
         self._refuse(orders.broken)
+        if orders.prove:
+            self._acks.proofs = [ProofDone(self.rank, self._proof)]
         if orders.loads and not self._map(orders.arena):
             self.fail_loads(orders)
             return
@@ -281,7 +300,7 @@ class WorkerHalf:
         held = self._adapters.news() if self._adapters is not None else None
         if held is not None:
             acks.adapters.append(held)
-        if not (acks.stores or acks.loads or acks.failures or acks.adapters):
+        if not (acks.stores or acks.loads or acks.failures or acks.adapters or acks.proofs):
             return None
         self._acks = Acks()
         return acks
@@ -312,7 +331,8 @@ class WorkerHalf:
         try:
             arena = Arena.open(Path(path))
             with _all_cores():  # the copiers' threads are born here and keep this
-                self._loader, self._storer = self._copier(arena), self._copier(arena)
+                buffer = np.frombuffer(arena.buffer, np.uint8)
+                self._loader, self._storer = self._copier(buffer), self._copier(buffer)
         except (KVMemError, OSError, ValueError) as error:
             self._ask_again = 2 * self._asked
             self._loader = self._storer = None
@@ -321,9 +341,9 @@ class WorkerHalf:
         self._arena = arena
         return True
 
-    def _copier(self, arena: Arena) -> SlotCopier:
+    def _copier(self, buffer: np.ndarray) -> SlotCopier:
         threads = self.config.copy_threads or min(4, len(os.sched_getaffinity(0)))
-        copier = SlotCopier(np.frombuffer(arena.buffer, np.uint8), threads, self.rank)
+        copier = SlotCopier(buffer, threads, self.rank)
         for group, device in enumerate(self._devices):
             copier.register_layers(
                 np.asarray(device.bases, np.uint64),
