@@ -168,6 +168,11 @@ class HostTier:
             ValueError: unknown lease.
         """
 
+    def list(self, first: int, n: int) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint8]]:
+        """
+        Published blocks in slots [first, first + n) now: slots, generations, keys [n*32].
+        """
+
     def evict(self, n: int) -> numpy.typing.NDArray[numpy.int32]:
         """
         Evicts up to n blocks, as `reserve` does where it must; whose slots they were.
@@ -255,6 +260,23 @@ def scatter(source: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), ord
     """
     Copies row i of source [n, piece] to row ids[i] of pool [n_blocks, piece], uint8; the ids differ.
     """
+
+class SlotScrubber:
+    """Looks at an arena's slots, beside those who write them. One thread."""
+
+    def __init__(self, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """
+        Keeps the buffer alive.
+
+        Raises:
+            ValueError: it is no arena.
+        """
+
+    def check(self, slots: numpy.typing.NDArray[numpy.int32], generations: numpy.typing.NDArray[numpy.uint64]) -> tuple[numpy.typing.NDArray[numpy.uint8], int]:
+        """
+        Whether each slot's bytes, all ranks', have their checksums: 0 they do, 1 they do
+        not, 2 it holds something else by now; and how many bytes were read.
+        """
 
 class SlotCopier:
     """

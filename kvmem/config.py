@@ -32,6 +32,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     load: bool = True
     store: bool = True
     verify_share: Share = 1.0
+    scrub_mb_s: Annotated[float, Meta(ge=0.0, le=1e6)] = 64.0
     copy_threads: Annotated[int, Meta(ge=0, le=64)] = 0
     weights_digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")] | None = None
     throttle_gb_s: Annotated[float, Meta(ge=0.0)] = 0.0
@@ -140,6 +141,12 @@ _document(
     "share of loaded blocks, 0 to 1",
     "Loaded bytes are compared with the checksum taken when they were written.",
     "Bytes are hashed as they are moved; bench_copy shows loads with it and without.",
+)
+_document(
+    "scrub_mb_s",
+    "MB/s, 0 for none",
+    "Blocks that nobody asks for are compared with their checksums, one after another.",
+    "So much of the memory's bandwidth, and a hundredth of a core.",
 )
 _document(
     "copy_threads",

@@ -3,6 +3,7 @@
 #include <nanobind/stl/tuple.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "bind/bind.h"
 #include "copy/slot_copier.h"
+#include "copy/slot_scrub.h"
 
 namespace kvmem::bind {
 namespace {
@@ -56,6 +58,57 @@ void RequireDistinct(std::vector<int32_t> ids, const char* message) {
   std::sort(ids.begin(), ids.end());
   Require(std::adjacent_find(ids.begin(), ids.end()) == ids.end(), message);
 }
+
+// Looks at slots of an arena, all shares of each; keeps its mapping alive.
+class PyScrubber {
+ public:
+  explicit PyScrubber(Buffer arena) : arena_(std::move(arena)) {
+    auto* const base = reinterpret_cast<std::byte*>(arena_.data());
+    std::string error;
+    for (uint32_t rank = 0, ranks = 1; rank < ranks; ++rank) {
+      const std::optional<SlotTable> table = SlotTable::Open(base, arena_.size(), rank, &error);
+      if (!table) throw nb::value_error(error.c_str());
+      if (rank == 0) std::memcpy(&ranks, base + offsetof(ArenaHeader, ranks), sizeof ranks);
+      tables_.push_back(*table);
+    }
+  }
+
+  nb::tuple Check(Vector<int32_t> slots, Vector<uint64_t> generations) {
+    const size_t n = slots.size();
+    Require(n == generations.size(), "slots and generations must be of one length");
+    for (size_t i = 0; i < n; ++i) {
+      Require(slots.data()[i] >= 0 && static_cast<uint64_t>(slots.data()[i]) < tables_[0].n_slots(),
+              "no such slot");
+    }
+    NewVector<uint8_t> found = Zeros<uint8_t>(n);
+    uint64_t n_bytes = 0;
+    {
+      nb::gil_scoped_release release;
+      for (size_t i = 0; i < n; ++i) {
+        Scrubbed worst = Scrubbed::kSound;
+        for (const SlotTable& table : tables_) {
+          uint64_t read = 0;
+          const Scrubbed one = ScrubShare(table, static_cast<uint64_t>(slots.data()[i]),
+                                          generations.data()[i], &room_, &read);
+          n_bytes += read;
+          // A slot that moved on in one share did so in all.
+          if (one == Scrubbed::kMovedOn) {
+            worst = one;
+            break;
+          }
+          worst = std::max(worst, one);
+        }
+        found.data()[i] = static_cast<uint8_t>(worst);
+      }
+    }
+    return nb::make_tuple(found, n_bytes);
+  }
+
+ private:
+  Buffer arena_;
+  std::vector<SlotTable> tables_;
+  std::vector<std::byte> room_;
+};
 
 // A SlotCopier that keeps the arena's mapping alive.
 class PySlotCopier {
@@ -239,6 +292,16 @@ void RegisterCopy(nb::module_& m) {
         "threads"_a = 1, "cpu_path"_a = "auto",
         "Copies row i of source [n, piece] to row ids[i] of pool [n_blocks, piece], uint8; the "
         "ids differ.");
+  nb::class_<PyScrubber>(m, "SlotScrubber",
+                         "Looks at an arena's slots, beside those who write them. One thread.")
+      .def(nb::init<Buffer>(), "arena"_a.noconvert(),
+           "Keeps the buffer alive.\n\nRaises:\n    ValueError: it is no arena.")
+      .def("check", &PyScrubber::Check, "slots"_a.noconvert(), "generations"_a.noconvert(),
+           nb::sig("def check(self, slots: numpy.typing.NDArray[numpy.int32], "
+                   "generations: numpy.typing.NDArray[numpy.uint64]) -> "
+                   "tuple[numpy.typing.NDArray[numpy.uint8], int]"),
+           "Whether each slot's bytes, all ranks', have their checksums: 0 they do, 1 they do\n"
+           "not, 2 it holds something else by now; and how many bytes were read.");
   nb::class_<PySlotCopier>(
       m, "SlotCopier",
       "Moves blocks between device memory and one rank's shares of an arena's slots, and checks\n"

@@ -121,6 +121,15 @@ nb::tuple Reserve(HostTier& tier, nb::handle source, int64_t start, int64_t stop
   }
 }
 
+nb::tuple List(const HostTier& tier, int64_t first, int64_t n) {
+  if (first < 0 || n < 0 || first > UINT32_MAX || n > UINT32_MAX) {
+    throw nb::value_error("first and n must be 0 to 2**32 - 1");
+  }
+  HostTier::Listed listed = tier.List(static_cast<uint32_t>(first), static_cast<uint32_t>(n));
+  return nb::make_tuple(ToNumpy(std::move(listed.slots)), ToNumpy(std::move(listed.generations)),
+                        ToNumpy(std::move(listed.keys)));
+}
+
 nb::object Evict(HostTier& tier, int64_t n) {
   if (n < 0) throw nb::value_error("n must not be negative");
   return ToNumpy(tier.Evict(static_cast<size_t>(n)));
@@ -262,6 +271,10 @@ void RegisterIndex(nb::module_& m) {
            "these keys.")
       .def("release", &Release, arg("lease"),
            "Ends a lease.\n\nRaises:\n    ValueError: unknown lease.")
+      .def("list", &List, arg("first"), arg("n"),
+           nb::sig("def list(self, first: int, n: int) -> tuple[" INT32 ", " UINT64 ", "
+                   "numpy.typing.NDArray[numpy.uint8]]"),
+           "Published blocks in slots [first, first + n) now: slots, generations, keys [n*32].")
       .def("evict", &Evict, arg("n"), nb::sig("def evict(self, n: int) -> " INT32),
            "Evicts up to n blocks, as `reserve` does where it must; whose slots they were.")
       .def("reserve", &Reserve, arg("keys"), arg("start"), arg("stop"),

@@ -451,6 +451,22 @@ bool HostTier::Owns(int32_t slot, uint64_t generation) const {
          index_.generation(static_cast<SlotId>(slot)) == generation;
 }
 
+HostTier::Listed HostTier::List(uint32_t first, uint32_t n) const {
+  Listed listed;
+  const std::lock_guard lock(mutex_);
+  const uint64_t stop = std::min<uint64_t>(index_.n_slots(), uint64_t{first} + n);
+  for (uint64_t at = first; at < stop; ++at) {
+    const auto slot = static_cast<SlotId>(at);
+    if (index_.state(slot) != BlockState::kPublished) continue;
+    listed.slots.push_back(static_cast<int32_t>(slot));
+    listed.generations.push_back(index_.generation(slot));
+    const Key key = index_.key(slot);
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(&key);
+    listed.keys.insert(listed.keys.end(), bytes, bytes + kKeyBytes);
+  }
+  return listed;
+}
+
 std::optional<uint64_t> HostTier::Checksum(int32_t slot, uint64_t generation) const {
   const std::lock_guard lock(mutex_);
   if (!Owns(slot, generation)) return std::nullopt;

@@ -145,6 +145,15 @@ class HostTier {
   // Takes every block out of matching at one instant. Returns how many were published. O(n_slots).
   size_t Clear();
 
+  // Published blocks in slots [first, first + n), for whoever looks at their bytes; they may move
+  // on at any time. 32 bytes a key.
+  struct Listed {
+    std::vector<int32_t> slots;
+    std::vector<uint64_t> generations;
+    std::vector<unsigned char> keys;
+  };
+  Listed List(uint32_t first, uint32_t n) const;
+
   // Of a published or condemned block.
   std::optional<uint64_t> Checksum(int32_t slot, uint64_t generation) const;
 

@@ -393,6 +393,13 @@ class Cache:
         """Gives reserved slots back unwritten, with what was reserved on top of them."""
         return self._tier.abandon(slots, generations)
 
+    def published(self, first: int, n: int) -> tuple[Slots, Words, Any]:
+        """Blocks in the host's slots [first, first + n) now: slots, generations, keys [n * 32].
+
+        Any thread may ask; they may move on at any time.
+        """
+        return self._tier.list(first, n)
+
     def quarantine(self, slot: int, generation: int, *, key: bytes, reason: str) -> int:
         """Takes a block that failed a check, and all its descendants, out of matching (I5)."""
         blocks = self._tier.quarantine(slot, generation)

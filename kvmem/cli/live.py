@@ -51,6 +51,15 @@ class Disk(msgspec.Struct, frozen=True):
     under_way: int = 0
 
 
+class Scrub(msgspec.Struct, frozen=True):
+    """What was looked at without being asked for, since the engine started."""
+
+    bytes: int = 0
+    blocks: int = 0
+    passes: int = 0
+    faults: int = 0
+
+
 class Counters(msgspec.Struct, frozen=True):
     """Since the engine started."""
 
@@ -84,6 +93,7 @@ class Page(msgspec.Struct, frozen=True):
     host: Host
     counters: Counters
     disk: Disk | None = None
+    scrub: Scrub | None = None
     last_failure: str | None = None
     allowed: Switch = Switch()
     arena: str = ""
@@ -210,6 +220,12 @@ def _table(page: Page, now_s: float) -> Table:
         f"{counters.blocks_loaded:,} blocks",
         _rate(counters.bytes_loaded, counters.load_s),
     )
+    if page.scrub is not None:
+        drawn.add_row(
+            "scrubbed",
+            f"{page.scrub.blocks:,} blocks",
+            f"{_size(page.scrub.bytes)}, {page.scrub.passes:,} passes, {page.scrub.faults:,} bad",
+        )
     drawn.add_row("evicted", f"{counters.evictions:,} blocks", "")
     drawn.add_row("refused", f"{counters.refused:,} blocks", "no room, or no parent here")
     trouble = "bold red" if counters.failures or counters.quarantined else None

@@ -203,6 +203,7 @@ class Engine:
             "host_gb": host_gb_of(n_host, groups),
             "weights_digest": "0" * 64,
             "arena": arena,
+            "scrub_mb_s": 0,  # a test that damages a slot says who is to find it
             **settings,
         }
         names = [[f"{name}.{group}" for name in LAYERS] for group in range(len(specs))]

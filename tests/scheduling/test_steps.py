@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvmem import events
+from kvmem.store.scrub import AT_A_TIME, Scrub
 from tests.scheduling.engine import Engine, InjectedError, running
 from tests.scheduling.forward import BLOCK, WrongKVError
 
@@ -505,3 +507,23 @@ def test_a_kept_block_that_is_given_back_too_soon_is_missed(
             turn = stored(engine, PROMPT, n)
             hosts.append(engine.generate([*PROMPT, *turn.tokens, 3]).receipt["tokens"]["host"])
     assert hosts == [(WHOLE + 2) * BLOCK, (WHOLE + 1) * BLOCK]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_damage_that_the_scrub_found_is_answered_by_nobody(
+    config: Any, arena_name: str, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    monkeypatch.setattr(Scrub, "_run", lambda self: self._closing.wait())  # it looks when told
+    with running(
+        config, asynchronous=asynchronous, arena=arena_name, n_host=40, scrub_mb_s=1
+    ) as engine:
+        engine.faulted = True
+        stored(engine)
+        engine.corrupt(engine.slots_of(PROMPT)[1])
+        for first in range(0, 40, AT_A_TIME):
+            engine.half.scrub.look(first)
+        assert engine.generate(PROMPT, 4).receipt["tokens"]["host"] == BLOCK
+        found = [e for e in engine.half.bus.recent() if isinstance(e, events.Quarantined)]
+        assert [(e.reason, e.blocks) for e in found] == [("scrub", WHOLE - 1)]
+        assert engine.half.totals.quarantined == WHOLE - 1
+        engine.assert_settled()

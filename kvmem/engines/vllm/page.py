@@ -73,11 +73,12 @@ class Page:
             **{name: below[name] for name in same},
         }
 
-    def write(self, tier: dict[str, Any]) -> None:
+    def write(self, tier: dict[str, Any], scrubbed: dict[str, Any] | None = None) -> None:
         """Writes the page, at most four times a second but for news.
 
         Args:
             tier: `Cache.stats()`.
+            scrubbed: `Scrub.stats()`, where there is one.
         """
         now = time.monotonic()
         if not self._due and now - self._written_s < EVERY_S:
@@ -96,6 +97,7 @@ class Page:
                 "slot_bytes": self._block_bytes,
             },
             "disk": self._disk(tier.get("disk")),
+            "scrub": scrubbed,
             "counters": {
                 **self.totals.as_dict(),
                 "evictions": tier["evictions"],

@@ -35,6 +35,7 @@ from kvmem.engines.vllm.wire import (
     LoadPart,
     Orders,
 )
+from kvmem.store import Scrub
 from kvmem.store.arena import sweep
 from kvmem.store.switch import Switch, SwitchReader
 
@@ -79,6 +80,11 @@ class SchedulerHalf:
             eviction=config.eviction,
             bus=self.bus,
             mover=self.disk,
+        )
+        self.scrub = (
+            Scrub(self.arena, self.cache.published, config.scrub_mb_s * 1e6)
+            if config.scrub_mb_s
+            else None
         )
         model = vllm_config.model_config
         self.page = Page(
@@ -158,6 +164,7 @@ class SchedulerHalf:
             reason = "load_failed" if seen.load_failed else "load_off"
             seen.receipt.matched(request, start, start, reason, off)
             return 0, False
+        self._take_scrubbed()
         hashed = len(request.block_hashes) * self.geometry.hash_tokens
         grant = self.cache.acquire(
             request.request_id,
@@ -283,8 +290,14 @@ class SchedulerHalf:
     def wait_for_disk(self, output: SchedulerOutput) -> None:
         """In a step without a forward there is nothing else to do than to wait for the disk: the
         engine would ask again at once."""
+        self._take_scrubbed()
         idle = not output.total_num_scheduled_tokens and self.cache.waits_for_disk
         self.cache.settle(IDLE_WAIT_S if idle else 0.0)
+
+    def _take_scrubbed(self) -> None:
+        for slot, generation, key in self.scrub.take() if self.scrub is not None else ():
+            n = self.cache.quarantine(slot, generation, key=key, reason="scrub")
+            self.totals.quarantined += n
 
     def sent_out(self) -> list[str]:
         """The engine has the orders: nothing of them is said twice.
@@ -465,11 +478,14 @@ class SchedulerHalf:
 
     def write_stats(self) -> None:
         """Puts the counters where `kvmem stats` reads them, at most four times a second."""
-        self.page.write(self.cache.stats())
+        scrubbed = self.scrub.stats() if self.scrub is not None else None
+        self.page.write(self.cache.stats(), scrubbed)
 
     def close(self) -> None:
         """Unmaps the arena and removes its file."""
         self.live.close()
+        if self.scrub is not None:
+            self.scrub.close()
         try:
             self.write_stats()
         finally:
