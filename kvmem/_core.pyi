@@ -168,7 +168,7 @@ class HostTier:
             ValueError: unknown lease.
         """
 
-    def list(self, first: int, n: int) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint8]]:
+    def published(self, first: int, n: int) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], numpy.typing.NDArray[numpy.uint8]]:
         """
         Published blocks in slots [first, first + n) now: slots, generations, keys [n*32].
         """

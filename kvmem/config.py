@@ -33,6 +33,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     store: bool = True
     verify_share: Share = 1.0
     scrub_mb_s: Annotated[float, Meta(ge=0.0, le=1e6)] = 64.0
+    shadow_share: Share = 0.001
     copy_threads: Annotated[int, Meta(ge=0, le=64)] = 0
     weights_digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")] | None = None
     throttle_gb_s: Annotated[float, Meta(ge=0.0)] = 0.0
@@ -147,6 +148,12 @@ _document(
     "MB/s, 0 for none",
     "Blocks that nobody asks for are compared with their checksums, one after another.",
     "So much of the memory's bandwidth, and a hundredth of a core.",
+)
+_document(
+    "shadow_share",
+    "share of hits, 0 to 1",
+    "So many prompts that could be loaded are computed all the same, and compared.",
+    "They take as long as without kvmem.",
 )
 _document(
     "copy_threads",

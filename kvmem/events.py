@@ -106,6 +106,17 @@ class TierOn(Event, frozen=True, kw_only=True, tag="tier_on"):
     seconds: float
 
 
+class Shadowed(Event, frozen=True, kw_only=True, tag="shadowed"):
+    """Blocks that were computed although they were stored: how many bits for bits, how many so far
+    off that they were quarantined, and how far the worst of them was."""
+
+    request_id: str
+    blocks: int
+    equal: int
+    bad: int
+    worst: float
+
+
 class Proof(Event, frozen=True, kw_only=True, tag="proof"):
     """What was stored to try it out came back bit for bit, or `error`: then no prompt is answered
     from that tier."""

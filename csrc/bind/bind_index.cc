@@ -271,8 +271,8 @@ void RegisterIndex(nb::module_& m) {
            "these keys.")
       .def("release", &Release, arg("lease"),
            "Ends a lease.\n\nRaises:\n    ValueError: unknown lease.")
-      .def("list", &List, arg("first"), arg("n"),
-           nb::sig("def list(self, first: int, n: int) -> tuple[" INT32 ", " UINT64 ", "
+      .def("published", &List, arg("first"), arg("n"),
+           nb::sig("def published(self, first: int, n: int) -> tuple[" INT32 ", " UINT64 ", "
                    "numpy.typing.NDArray[numpy.uint8]]"),
            "Published blocks in slots [first, first + n) now: slots, generations, keys [n*32].")
       .def("evict", &Evict, arg("n"), nb::sig("def evict(self, n: int) -> " INT32),

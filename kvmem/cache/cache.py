@@ -398,7 +398,7 @@ class Cache:
 
         Any thread may ask; they may move on at any time.
         """
-        return self._tier.list(first, n)
+        return self._tier.published(first, n)
 
     def quarantine(self, slot: int, generation: int, *, key: bytes, reason: str) -> int:
         """Takes a block that failed a check, and all its descendants, out of matching (I5)."""

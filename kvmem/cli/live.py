@@ -79,6 +79,7 @@ class Counters(msgspec.Struct, frozen=True):
     refused: int = 0
     failures: int = 0
     quarantined: int = 0
+    shadowed: int = 0
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -230,6 +231,8 @@ def _table(page: Page, now_s: float) -> Table:
     drawn.add_row("refused", f"{counters.refused:,} blocks", "no room, or no parent here")
     trouble = "bold red" if counters.failures or counters.quarantined else None
     drawn.add_row("failures", f"{counters.failures:,}", page.last_failure or "", style=trouble)
+    if counters.shadowed:
+        drawn.add_row("shadowed", f"{counters.shadowed:,} blocks", "computed to be compared")
     drawn.add_row("quarantined", f"{counters.quarantined:,} blocks", "", style=trouble)
     return drawn
 

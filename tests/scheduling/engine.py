@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from kvmem._core import xxh3_64
 from kvmem.engines.vllm.keys import Chains
 from kvmem.store.layout import DATA_ALIGN, DESCRIPTOR_BYTES, SLOT_ALIGN, slots_within
 from tests.scheduling.core import core_of
@@ -203,7 +204,9 @@ class Engine:
             "host_gb": host_gb_of(n_host, groups),
             "weights_digest": "0" * 64,
             "arena": arena,
-            "scrub_mb_s": 0,  # a test that damages a slot says who is to find it
+            # A test that damages a slot says who is to find it.
+            "scrub_mb_s": 0,
+            "shadow_share": 0.0,
             **settings,
         }
         names = [[f"{name}.{group}" for name in LAYERS] for group in range(len(specs))]
@@ -555,6 +558,16 @@ class Engine:
             assert self.half.page.failures == 0, self.half.page.last_failure
 
     # -- what a test breaks ------------------------------------------------------------------
+
+    def forge(self, slot: int) -> None:
+        """Other KV in a slot, with a checksum that holds: as if it had been stored so."""
+        arena = self.half.arena
+        data = np.frombuffer(arena.buffer, np.uint8)
+        at = arena.data_of(slot)
+        descriptor = data[4096 + DESCRIPTOR_BYTES * slot :][:DESCRIPTOR_BYTES]
+        length = int(descriptor[16:24].view(np.uint64)[0])
+        data[at : at + length] = np.random.default_rng(slot).integers(0, 256, length, np.uint8)
+        descriptor[24:32].view(np.uint64)[0] = xxh3_64(data[at : at + length].tobytes())
 
     def corrupt(self, slot: int, at: int = 5) -> None:
         """Flips one bit of a slot's bytes, behind everybody's back."""

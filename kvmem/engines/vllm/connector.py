@@ -273,6 +273,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
                 lambda: self.worker.store(orders),
                 lambda: self.worker.fail_stores(orders),
             )
+            self._safely("compare", lambda: self.worker.compare(orders), _nothing)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """The same, with the loads that failed as a whole; asked by vLLM since 0.30."""

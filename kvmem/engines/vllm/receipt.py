@@ -131,8 +131,8 @@ class Receipt:
         the request waited for the disk, `load_ms` the copy to the device. `miss` says why
         block `first_missing_block` was not here: none, new, evicted, pending, quarantined,
         cleared, abandoned, no_boundary, load_off or load_failed. `off` is there when loads or
-        stores were off for this request, and says by whom: setting, request, switch, proof
-        or worker.
+        stores were off for this request, and says by whom: setting, request, switch, proof,
+        shadow or worker.
         """
         self._counted = True
         self.prompt = request.num_prompt_tokens

@@ -24,6 +24,7 @@ from kvmem.engines.vllm.page import Page
 from kvmem.engines.vllm.proof import Proofs
 from kvmem.engines.vllm.receipt import Receipt, Wishes
 from kvmem.engines.vllm.seen import Seen
+from kvmem.engines.vllm.shadow import Shadows
 from kvmem.engines.vllm.storing import Storing
 from kvmem.engines.vllm.tables import BlockTables
 from kvmem.engines.vllm.weights import Live
@@ -94,6 +95,7 @@ class SchedulerHalf:
             allowed={"loads": config.load, "stores": config.store},
         )
         self.totals = self.page.totals
+        self.shadows = Shadows(self.cache, self.geometry.shapes, config.shadow_share, self.bus)
         self.proofs = Proofs(self.ranks, self.bus, time.monotonic)
         self.live = Live(self, vllm_config)
         self._device_pool: BlockPool | None = None
@@ -136,6 +138,21 @@ class SchedulerHalf:
         seen = Seen(request, wishes, receipt, keys, stored)
         self._seen[request.request_id] = seen
         self.totals.requests += 1
+        self._maybe_shadow(request, seen)
+
+    def _maybe_shadow(self, request: Request, seen: Seen) -> None:
+        """Has a share of the hits computed and compared: the engine's own are off for them, too."""
+        if getattr(request, "skip_reading_prefix_cache", None) is not False:
+            return  # it is off anyway, or this vLLM can't switch it off
+        if seen.wishes.load_off or self._load_off(skips=False) or self.proofs.wanted:
+            return
+        if request.lora_request is not None:
+            return  # of what content its adapter is is known when it is scheduled
+        self.live.admit(seen, 0)
+        limit = self._reach(request)
+        if self.shadows.choose(request.request_id, seen.keys, limit):
+            request.skip_reading_prefix_cache = True
+            seen.shadowed = True
 
     def match(self, request: Request, n_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that kvmem can add beyond the engine's own prefix hit, and that it will load
@@ -158,19 +175,18 @@ class SchedulerHalf:
         seen.stale = self._was_reset and start > 0
         skips = getattr(request, "skip_reading_prefix_cache", False)
         seen.forget_stored()
-        off = seen.wishes.load_off or self._load_off(skips)
+        off = seen.wishes.load_off or self._load_off(skips, shadowed=seen.shadowed)
         if off or seen.load_failed:
             seen.grant = None
             reason = "load_failed" if seen.load_failed else "load_off"
             seen.receipt.matched(request, start, start, reason, off)
             return 0, False
         self._take_scrubbed()
-        hashed = len(request.block_hashes) * self.geometry.hash_tokens
         grant = self.cache.acquire(
             request.request_id,
             seen.keys.all(),
             start=start,
-            limit=min(request.num_tokens - 1, hashed),
+            limit=self._reach(request),
         )
         if grant.coming:
             seen.grant = None
@@ -184,7 +200,14 @@ class SchedulerHalf:
         seen.receipt.disk_ms = grant.disk_s * 1e3
         return (grant.stop - start, True) if grant.stop > start else (0, False)
 
-    def _load_off(self, skips: bool) -> str | None:
+    def _reach(self, request: Request) -> int:
+        """Tokens of the prompt that can be answered at most."""
+        hashed = len(request.block_hashes) * self.geometry.hash_tokens
+        return min(request.num_tokens - 1, hashed)
+
+    def _load_off(self, skips: bool, *, shadowed: bool = False) -> str | None:
+        if shadowed:
+            return "shadow"
         if not self.switch.read().loads:
             return "switch"
         if skips:
@@ -256,9 +279,12 @@ class SchedulerHalf:
             if seen is None:
                 continue
             seen.loading = False  # it is computing, so its load is over, whatever was reported
+            n_computed = seen.request.num_computed_tokens + n_tokens
+            if seen.shadowed and not seen.stale:
+                tables = self._tables.of(request_id)
+                orders.compares += self.shadows.orders(request_id, seen.keys, tables, n_computed)
             if seen.stale or not seen.wishes.store:
                 continue
-            n_computed = seen.request.num_computed_tokens + n_tokens
             if self.storing.completes(seen, n_computed):
                 tables = self._tables.of(request_id)
                 if tables is not None:
@@ -314,6 +340,7 @@ class SchedulerHalf:
             if request_id in self._to_finish:
                 self._to_finish.remove(request_id)
             self._seen.pop(request_id, None)
+            self.shadows.release(request_id)
             self.cache.release(request_id)
 
     def break_new_loads(self) -> None:
@@ -359,6 +386,11 @@ class SchedulerHalf:
         error = self.proofs.told(acks.proofs) if acks is not None else None
         if error is not None:
             self.failed("proof", f"loads are off: {error}")
+        for compared in acks.compared if acks is not None else ():
+            self.totals.shadowed += compared.blocks
+            self.totals.quarantined += self.shadows.told(compared)
+            if compared.bad:
+                self.failed("shadow", f"{len(compared.bad)} blocks differ by {compared.worst:.3g}")
         # First: blocks of a step that loaded other weights than it was keyed for are not published.
         if acks is not None and acks.adapters:
             told = acks.adapters
@@ -459,6 +491,7 @@ class SchedulerHalf:
         Slots that the worker may still be writing stay reserved until it reports them (I3).
         """
         self.cache.drop("reset")
+        self.shadows.clear()
         for seen in self._seen.values():
             seen.stale = True
         # The engine resets its own cache first, which fails while a block is in use. Blocks that

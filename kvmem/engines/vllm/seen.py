@@ -23,7 +23,7 @@ class Seen:
     `stored[group]`: its leading blocks [0, stored) were published, reserved or refused, and are
     not looked at again. `device_blocks[group]` are the blocks that the engine keeps at the end.
     `stale`: computed before a reset, so nothing of it is stored. `adapter` is the content of the
-    request's adapter, as `Live.admit` settled it.
+    request's adapter, as `Live.admit` settled it. `shadowed`: it is computed although it is stored.
     """
 
     request: Request
@@ -38,6 +38,7 @@ class Seen:
     finished: bool = False
     stale: bool = False
     load_failed: bool = False
+    shadowed: bool = False
     adapter: bytes = b""
 
     def forget_stored(self) -> None:
@@ -84,6 +85,7 @@ class Totals:
     store_s: float = 0.0
     refused: int = 0
     quarantined: int = 0
+    shadowed: int = 0
 
     def add(self, receipt: Receipt) -> None:
         """Adds a finished request."""

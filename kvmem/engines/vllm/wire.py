@@ -24,6 +24,8 @@ __all__ = [
     "MAP_FAILED",
     "Acks",
     "Bad",
+    "Compare",
+    "Compared",
     "Load",
     "LoadDone",
     "LoadPart",
@@ -78,6 +80,31 @@ class Store:
 
 
 @dataclass(slots=True)
+class Compare:
+    """Compare device blocks, after this step's forward, with slots that hold the same keys."""
+
+    request_id: str
+    group: int
+    block_ids: Ids
+    slots: Ids
+    generations: Words
+    keys: bytes
+
+
+@dataclass(slots=True)
+class Compared:
+    """What came of it on one rank: `equal` blocks bit for bit, `worst` of the others' distances,
+    and those that are too far off (slot, generation, key)."""
+
+    request_id: str
+    rank: int
+    blocks: int
+    equal: int
+    worst: float
+    bad: list[tuple[int, int, bytes]]
+
+
+@dataclass(slots=True)
 class Orders(KVConnectorMetadata):
     """One step's work for the worker half.
 
@@ -97,6 +124,7 @@ class Orders(KVConnectorMetadata):
     broken: list[tuple[str, list[int]]] = field(default_factory=list)
     confirm: bool = False
     prove: bool = False
+    compares: list[Compare] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -147,6 +175,7 @@ class Acks(KVConnectorWorkerMetadata):
     failures: list[tuple[str, str]] = field(default_factory=list)
     adapters: list[Held] = field(default_factory=list)
     proofs: list[ProofDone] = field(default_factory=list)
+    compared: list[Compared] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """What two workers did, in one."""
@@ -157,6 +186,7 @@ class Acks(KVConnectorWorkerMetadata):
             self.failures + other.failures,
             self.adapters + other.adapters,
             self.proofs + other.proofs,
+            self.compared + other.compared,
         )
 
 

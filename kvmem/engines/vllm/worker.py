@@ -26,6 +26,7 @@ from kvmem.engines.vllm import support
 from kvmem.engines.vllm.adapters import Loads
 from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.proof import N_SLOTS, ProofDone, prove
+from kvmem.engines.vllm.shadow import AT_A_TIME, Comparer
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
     Acks,
@@ -73,6 +74,8 @@ class WorkerHalf:
         self.geometry = geometry_of(vllm_config, kv_cache_config)
         self.rank = _rank_of(vllm_config)
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._items: list[torch.dtype] = []
+        self._comparer: Comparer | None = None
         self._proof = "no device blocks were registered"
         self._devices: list[_Device] = []
         self._tensors: list[torch.Tensor | Sequence[torch.Tensor]] = []
@@ -125,6 +128,7 @@ class WorkerHalf:
                 tensors_of[-1] += tensors if isinstance(tensors, Sequence) else [tensors]
             devices.append(device)
         self._devices = devices
+        self._items = [tensors[0].dtype for tensors in tensors_of]
         self._proof = self._prove(tensors_of)
 
     def _prove(self, tensors_of: list[list[torch.Tensor]]) -> str:
@@ -278,6 +282,18 @@ class WorkerHalf:
         seconds = time.perf_counter() - begin
         self._acks.stores.append(StoreDone(orders.sequence, statuses, checksums, seconds))
 
+    def compare(self, orders: Orders) -> None:
+        """Compares blocks that this step computed with what is stored of them."""
+        if not orders.compares or not self._map(orders.arena) or self._arena is None:
+            return
+        if self._comparer is None:
+            scratch = Scratch(AT_A_TIME, self.geometry.slot_bytes, self._ranks, bytes(32))
+            pieces = [device.pieces for device in self._devices]
+            copier = self._copier(scratch.buffer)
+            self._comparer = Comparer(scratch, copier, self.rank, pieces, self._items)
+        for order in orders.compares:
+            self._acks.compared.append(self._comparer.compare(self._arena, order))
+
     def fail_stores(self, orders: Orders) -> None:
         """The step's stores are not made: their slots go back, and the engine its blocks."""
         self._sent.update(orders.finished)
@@ -300,7 +316,8 @@ class WorkerHalf:
         held = self._adapters.news() if self._adapters is not None else None
         if held is not None:
             acks.adapters.append(held)
-        if not (acks.stores or acks.loads or acks.failures or acks.adapters or acks.proofs):
+        told = (acks.stores, acks.loads, acks.failures, acks.adapters, acks.proofs, acks.compared)
+        if not any(told):
             return None
         self._acks = Acks()
         return acks
@@ -315,7 +332,7 @@ class WorkerHalf:
             self._adapters.close()
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._loader = self._storer = None
+        self._loader = self._storer = self._comparer = None
         self._tensors.clear()
         if self._arena is not None:
             self._arena.close(unlink=False)
