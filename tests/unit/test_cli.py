@@ -352,6 +352,7 @@ def test_serve_becomes_the_server_in_the_same_process(
 # -- stats ----------------------------------------------------------------------------------------
 
 COUNTERS = {
+    "shadowed": 0,
     "requests": 24,
     "prompt_tokens": 80_000,
     "tokens_hit_device": 40_000,

@@ -18,6 +18,7 @@ import pytest
 from kvmem import events
 from kvmem.config import Config
 from kvmem.engines.vllm.page import RECENT
+from kvmem.engines.vllm.proof import ProofDone
 from kvmem.engines.vllm.scheduler import SchedulerHalf
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, LoadDone, Orders, StoreDone
 from kvmem.errors import ArenaInUse, CapacityError, ConfigError
@@ -59,6 +60,7 @@ def kv_cache_config() -> Any:
 @pytest.fixture
 def half(vllm_config: Any, kv_cache_config: Any, arena_name: str) -> Iterator[SchedulerHalf]:
     half = SchedulerHalf(Config(host_gb=0.1, arena=arena_name), vllm_config, kv_cache_config)
+    half.acknowledged(Acks(proofs=[ProofDone(0, "")]))
     yield half
     half.close()
 

@@ -52,6 +52,7 @@ __all__ = ["SchedulerHalf"]
 
 VERIFY_PERIOD = 1 << 16
 IDLE_WAIT_S = 0.02
+SKIPS = "skip_reading_prefix_cache"  # of a request: no prefix cache is read for it
 # What a load can say against a block itself; other statuses are of the copy, not of the block.
 QUARANTINED = {1: "identity", 2: "generation", 3: "checksum"}
 
@@ -142,16 +143,16 @@ class SchedulerHalf:
 
     def _maybe_shadow(self, request: Request, seen: Seen) -> None:
         """Has a share of the hits computed and compared: the engine's own are off for them, too."""
-        if getattr(request, "skip_reading_prefix_cache", None) is not False:
+        if getattr(request, SKIPS, None) is not False:
             return  # it is off anyway, or this vLLM can't switch it off
         if seen.wishes.load_off or self._load_off(skips=False) or self.proofs.wanted:
             return
-        if request.lora_request is not None:
+        if getattr(request, "lora_request", None) is not None:
             return  # of what content its adapter is is known when it is scheduled
         self.live.admit(seen, 0)
         limit = self._reach(request)
         if self.shadows.choose(request.request_id, seen.keys, limit):
-            request.skip_reading_prefix_cache = True
+            setattr(request, SKIPS, True)
             seen.shadowed = True
 
     def match(self, request: Request, n_computed_tokens: int) -> tuple[int | None, bool]:
@@ -173,7 +174,7 @@ class SchedulerHalf:
         # may be on blocks from before it, whatever is stored under their keys by now: nothing on
         # top of a hit is stored until a reset has emptied the device too.
         seen.stale = self._was_reset and start > 0
-        skips = getattr(request, "skip_reading_prefix_cache", False)
+        skips = getattr(request, SKIPS, False)
         seen.forget_stored()
         off = seen.wishes.load_off or self._load_off(skips, shadowed=seen.shadowed)
         if off or seen.load_failed:
