@@ -18,6 +18,7 @@ import pytest
 from kvmem import events
 from kvmem.config import Config
 from kvmem.engines.vllm.page import RECENT
+from kvmem.engines.vllm.proof import ProofDone
 from kvmem.engines.vllm.scheduler import SchedulerHalf
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, LoadDone, Orders, StoreDone
 from kvmem.errors import ArenaInUse, CapacityError, ConfigError
@@ -61,6 +62,7 @@ def half(vllm_config: Any, kv_cache_config: Any, arena_name: str) -> Iterator[Sc
     # No worker writes its slots, and a scrub would find that.
     config = Config(host_gb=0.1, arena=arena_name, scrub_mb_s=0)
     half = SchedulerHalf(config, vllm_config, kv_cache_config)
+    half.acknowledged(Acks(proofs=[ProofDone(0, "")]))  # nothing is promised before
     yield half
     half.close()
 
