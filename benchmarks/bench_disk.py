@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks._disk import Rig
 from benchmarks._report import finish, spread
 
-__all__: list[str] = []
+__all__ = ["Fio"]
 
 BLOCKS = {"360 KiB": 360 << 10, "2 MiB": 2 << 20}
 ALIGN = 4096

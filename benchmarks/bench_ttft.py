@@ -10,6 +10,8 @@ Arms, on prompts of about 2,800 and 6,000 tokens of real text and one output tok
                  and in the engine with kvmem; the ratio is against the faster of the two
     host hit     after the device's prefix cache was emptied: only kvmem has it. Every answer must
                  say that all of its cached tokens came from the host tier
+    disk hit     the same with an engine whose host tier holds one prompt, after another prompt has
+                 taken its place: all of its cached tokens came from the disk
     LMCache hit  the same with LMCache's server, where it is installed
 
 Each engine is a child process that runs vLLM's AsyncLLM with its engine-core process. One engine
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -40,6 +43,8 @@ from benchmarks._gather import gather_bytes_s
 from benchmarks._math import bootstrap_ci, host_bound
 from benchmarks._process import exit_on_sigterm, leftovers, shared_memory
 from benchmarks._report import finish, spread
+from benchmarks.bench_disk import Fio
+from kvmem.cli.live import pages
 from kvmem.demo import model as demo_model
 
 __all__ = ["Prompts", "native_dtype"]
@@ -49,6 +54,7 @@ _SHORT_LENGTHS = (1_000,)
 _DEVICE_BYTES = 1 << 30
 _PIECE_BYTES = 96 << 10
 _SEED = 20_261_123
+_FLUSH = 110  # per cent of the longest prompt: what empties the host tier of the disk's engine
 _NO_STORE = {"kvmem": {"store": False}}
 # Seconds of every request, by (length, what).
 Samples = dict[tuple[int, str], list[float]]
@@ -64,6 +70,13 @@ class Plan(msgspec.Struct, frozen=True):
     lengths: tuple[int, ...]
     rounds: int
     hits: int
+
+
+class Disk(msgspec.Struct, frozen=True):
+    """Bytes of a block on the disk, and what fio reads there in pieces of that size."""
+
+    stored_bytes: float
+    fio_bytes_s: float
 
 
 class Prompts:
@@ -116,6 +129,9 @@ class Bench:
         for name in names[turn:] + names[:turn]:
             for engine in self.engines.values():
                 engine.settle()
+            if name == "disk":
+                self._disk(length, prompt)
+                continue
             if name == "kvmem" and round_ % 2:
                 self._cold_unstored(length, other)
             cold = self._timed(name, length, "cold", prompt, cached=0)
@@ -136,6 +152,18 @@ class Bench:
             raise WrongSourceError(
                 f"the request asked not to be stored, and stored {stored} blocks"
             )
+
+    def _disk(self, length: int, prompt: list[int]) -> None:
+        engine = self.engines["disk"]
+        engine.generate(prompt)
+        for _ in range(self.plan.hits):
+            engine.generate(self.prompts.take(_FLUSH * max(self.plan.lengths) // 100))
+            engine.settle()
+            engine.reset()
+            hit = self._timed("disk", length, "hit", prompt, cached=_whole(length))
+            _from(hit, tier="disk", tokens=_whole(length))
+            native = engine.generate(prompt)
+            self.wrong += hit.token != native.token
 
     def _hits(self, name: str, length: int, prompt: list[int], *, host_first: bool) -> None:
         if not host_first:
@@ -186,7 +214,7 @@ def _whole(length: int) -> int:
 
 
 def figures(
-    samples: Samples, length: int, *, block_bytes: int, gather: float
+    samples: Samples, length: int, *, block_bytes: int, gather: float, disk: Disk | None = None
 ) -> dict[str, float | tuple[float, float]]:
     """What is promised, at one length."""
     median = {what: statistics.median(s) for (n, what), s in samples.items() if n == length}
@@ -204,6 +232,10 @@ def figures(
         "store_overhead_in_engine": statistics.median(within),
         "store_overhead_in_engine_ci": bootstrap_ci(within, seed=_SEED),
     }
+    if disk is not None:
+        result["disk_hit_vs_native_hit"] = median["disk hit"] / native
+        least = _whole(length) // BLOCK_TOKENS * disk.stored_bytes / disk.fio_bytes_s
+        result["disk_bound"] = (median["disk hit"] - native) / least
     if "lmcache host hit" in median:
         result["lmcache_hit_vs_native_hit"] = median["lmcache host hit"] / native
     return result
@@ -240,7 +272,7 @@ def _table(samples: Samples) -> None:
 
 @contextlib.contextmanager
 def _engines(
-    model: Path, dtype: str, lmcache: Path | None, folder: Path
+    model: Path, dtype: str, lmcache: Path | None, folder: Path, longest: int
 ) -> Iterator[dict[str, Engine]]:
     settings: dict[str, Any] = {
         "model": str(model),
@@ -255,6 +287,19 @@ def _engines(
         "vllm": (Path(sys.executable), None),
         "kvmem": (Path(sys.executable), _arms.kvmem_transfer({"host_gb": 2.0})),
     }
+    n_blocks = -(-longest * (_FLUSH + 100) // 2 // 100 // BLOCK_TOKENS)  # between one and the other
+    block_bytes = _arms.kv_bytes_per_token(model, dtype) * BLOCK_TOKENS
+    transfers["disk"] = (
+        Path(sys.executable),
+        _arms.kvmem_transfer(
+            {
+                "host_gb": (n_blocks * (block_bytes + 256) + (8 << 20)) / 2**30,
+                "disk_gb": 8.0,
+                "disk_path": str(folder / "disk"),
+                "eviction": "lru",
+            }
+        ),
+    )
     with contextlib.ExitStack() as stack:
         if lmcache is not None:
             log = folder / "lmcache-server.log"
@@ -269,6 +314,20 @@ def _engines(
             engine.wait_ready()
             print(f"  {name} is ready", flush=True)
         yield engines
+
+
+def _disk_of(folder: Path) -> Disk | None:
+    """What the disk's engine read, and what fio reads beside it; None without fio."""
+    (page,) = (page for page in pages() if page.disk is not None)
+    if shutil.which("fio") is None or page.disk is None:
+        print("disk_bound is left out: there is no fio here (Debian's package fio)")
+        return None
+    stored = page.disk.bytes_read / page.disk.read
+    fio = Fio(folder, int(stored), (256 << 20) // int(stored), threads=4)
+    rates = sorted(fio.gb_s(write=False) for _ in range(5))
+    low, middle, high = (rates[i] for i in (0, 2, 4))
+    print(f"disk: {stored:,.0f} bytes a block; fio {middle:.2f} GB/s ({low:.2f}..{high:.2f})")
+    return Disk(stored, middle * 1e9)
 
 
 def native_dtype() -> str:
@@ -307,18 +366,20 @@ def main() -> None:
     print(f"gather of {_PIECE_BYTES >> 10} KiB pieces, one thread: {gather / 1e9:.1f} GB/s")
     block_bytes = _arms.kv_bytes_per_token(model, args.dtype) * BLOCK_TOKENS
     print(f"{args.dtype}: {block_bytes:,} bytes a block of {BLOCK_TOKENS} tokens", flush=True)
-    per_round = sum(2 * length for length in plan.lengths)
-    prompts = Prompts(model, plan.rounds * per_round + 3 * sum(plan.lengths))
+    flushes = len(plan.lengths) * plan.hits * _FLUSH * max(plan.lengths) // 100
+    per_round = sum(2 * length for length in plan.lengths) + flushes
+    prompts = Prompts(model, plan.rounds * per_round + 4 * sum(plan.lengths))
     before = shared_memory()
     with (
         tempfile.TemporaryDirectory(prefix="kvmem-bench-") as folder,
-        _engines(model, args.dtype, lmcache, Path(folder)) as engines,
+        _engines(model, args.dtype, lmcache, Path(folder), max(plan.lengths)) as engines,
     ):
         bench = Bench(engines, prompts, plan)
         bench.run()
+        disk = _disk_of(Path(folder))
     _table(bench.samples)
     rows = [
-        figures(bench.samples, length, block_bytes=block_bytes, gather=gather)
+        figures(bench.samples, length, block_bytes=block_bytes, gather=gather, disk=disk)
         for length in plan.lengths
     ]
     for length, row in zip(plan.lengths, rows, strict=True):
