@@ -342,7 +342,7 @@ def test_what_is_kept_goes_before_a_block_is_refused_and_not_before_one_can_leav
     assert (kept(tier), tier.match(b)) == ([slot], 2)
     for prompt in (b[:2], chain("c", 1)):  # from here on nothing can leave
         tier.acquire(prompt, 0, len(prompt))
-    index, slots, _, reason = tier.reserve(chain("d", 2), 0, 2)
+    _, slots, _, reason = tier.reserve(chain("d", 2), 0, 2)
     assert (slots.tolist(), kept(tier), reason) == ([slot], [], "no_room")
     assert sound(tier)
 
