@@ -83,11 +83,6 @@ class SchedulerHalf:
             bus=self.bus,
             mover=self.disk,
         )
-        self.scrub = (
-            Scrub(self.arena, self.cache.published, config.scrub_mb_s * 1e6)
-            if config.scrub_mb_s
-            else None
-        )
         model = vllm_config.model_config
         self.page = Page(
             self.arena,
@@ -114,6 +109,9 @@ class SchedulerHalf:
         self.switch = SwitchReader(
             self.arena, on_damage=lambda told: self.failed("switch", told), on_change=self._switched
         )
+        # Last: its thread must not outlive a start that was refused.
+        rate = config.scrub_mb_s * 1e6
+        self.scrub = Scrub(self.arena, self.cache.published, rate) if rate else None
         self.write_stats()
 
     def _switched(self, now: Switch) -> None:
@@ -322,9 +320,15 @@ class SchedulerHalf:
         self.cache.settle(IDLE_WAIT_S if idle else 0.0)
 
     def _take_scrubbed(self) -> None:
-        for slot, generation, key in self.scrub.take() if self.scrub is not None else ():
+        """Quarantines what the scrub found, before anything more is promised (I5)."""
+        if self.scrub is None:
+            return
+        for slot, generation, key in self.scrub.take():
             n = self.cache.quarantine(slot, generation, key=key, reason="scrub")
             self.totals.quarantined += n
+        if self.scrub.error is not None:
+            error, self.scrub.error = self.scrub.error, None
+            self.failed("scrub", error)
 
     def sent_out(self) -> list[str]:
         """The engine has the orders: nothing of them is said twice.
@@ -370,7 +374,10 @@ class SchedulerHalf:
         )
 
     def _pick_verified(self, n_blocks: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Which blocks are checked against their checksum: an exact share, evenly spread."""
+        """Which blocks are checked against their checksum: an exact share, evenly spread; all, once
+        the scrub has seen this memory fail. What it found may have been promised before."""
+        if self.scrub is not None and self.scrub.faults:
+            return np.ones(n_blocks, np.uint8)
         share = round(self.config.verify_share * VERIFY_PERIOD)
         credit = self._verify_credit + share * np.arange(1, n_blocks + 1)
         self._verify_credit = int(credit[-1]) % VERIFY_PERIOD if n_blocks else self._verify_credit
@@ -513,16 +520,16 @@ class SchedulerHalf:
     def write_stats(self) -> None:
         """Puts the counters where `kvmem stats` reads them, at most four times a second."""
         scrubbed = self.scrub.stats() if self.scrub is not None else None
-        self.page.write(self.cache.stats(), scrubbed)
+        self.page.write(self.cache.stats(), scrubbed, self.cache.quarantined())
 
     def close(self) -> None:
         """Unmaps the arena and removes its file."""
-        self.live.close()
-        if self.scrub is not None:
-            self.scrub.close()
         try:
+            self.live.close()
             self.write_stats()
         finally:
+            if self.scrub is not None:
+                self.scrub.close()
             if self.disk is not None:
                 self.disk.close()
             self.arena.close(unlink=True)
