@@ -46,6 +46,7 @@ from benchmarks._report import finish, spread
 from benchmarks.bench_disk import Fio
 from kvmem.cli.live import pages
 from kvmem.demo import model as demo_model
+from kvmem.store.layout import slots_within
 
 __all__ = ["Prompts", "native_dtype"]
 
@@ -54,7 +55,7 @@ _SHORT_LENGTHS = (1_000,)
 _DEVICE_BYTES = 1 << 30
 _PIECE_BYTES = 96 << 10
 _SEED = 20_261_123
-_FLUSH = 110  # per cent of the longest prompt: what empties the host tier of the disk's engine
+_SPARE = 2  # blocks that the host tier of the disk's engine holds beyond the longest prompt
 _NO_STORE = {"kvmem": {"store": False}}
 # Seconds of every request, by (length, what).
 Samples = dict[tuple[int, str], list[float]]
@@ -157,7 +158,7 @@ class Bench:
         engine = self.engines["disk"]
         engine.generate(prompt)
         for _ in range(self.plan.hits):
-            engine.generate(self.prompts.take(_FLUSH * max(self.plan.lengths) // 100))
+            engine.generate(self.prompts.take(_flush(max(self.plan.lengths))))
             engine.settle()
             engine.reset()
             hit = self._timed("disk", length, "hit", prompt, cached=_whole(length))
@@ -207,6 +208,24 @@ def _from(answer: EngineAnswer, *, tier: str, tokens: int) -> None:
     sources = (answer.report or {}).get("kvmem", {}).get("tokens")
     if sources is None or sources[tier] != tokens:
         raise WrongSourceError(f"{tokens} tokens should have come from the {tier}: {answer.report}")
+
+
+def _n_host(longest: int) -> int:
+    """Slots of the disk's engine: for the longest prompt, and a little more."""
+    return _whole(longest) // BLOCK_TOKENS + _SPARE
+
+
+def _flush(longest: int) -> int:
+    """Tokens of a prompt that takes every slot of the disk's engine."""
+    return (_n_host(longest) + 1) * BLOCK_TOKENS
+
+
+def _host_bytes(n_slots: int, block_bytes: int) -> int:
+    """The least budget that makes room for so many blocks."""
+    n_bytes = n_slots * block_bytes
+    while slots_within(n_bytes, block_bytes) < n_slots:
+        n_bytes += 1 << 16
+    return n_bytes
 
 
 def _whole(length: int) -> int:
@@ -287,13 +306,12 @@ def _engines(
         "vllm": (Path(sys.executable), None),
         "kvmem": (Path(sys.executable), _arms.kvmem_transfer({"host_gb": 2.0})),
     }
-    n_blocks = -(-longest * (_FLUSH + 100) // 2 // 100 // BLOCK_TOKENS)  # between one and the other
     block_bytes = _arms.kv_bytes_per_token(model, dtype) * BLOCK_TOKENS
     transfers["disk"] = (
         Path(sys.executable),
         _arms.kvmem_transfer(
             {
-                "host_gb": (n_blocks * (block_bytes + 256) + (8 << 20)) / 2**30,
+                "host_gb": _host_bytes(_n_host(longest), block_bytes) / 2**30,
                 "disk_gb": 8.0,
                 "disk_path": str(folder / "disk"),
                 "eviction": "lru",
@@ -366,7 +384,7 @@ def main() -> None:
     print(f"gather of {_PIECE_BYTES >> 10} KiB pieces, one thread: {gather / 1e9:.1f} GB/s")
     block_bytes = _arms.kv_bytes_per_token(model, args.dtype) * BLOCK_TOKENS
     print(f"{args.dtype}: {block_bytes:,} bytes a block of {BLOCK_TOKENS} tokens", flush=True)
-    flushes = len(plan.lengths) * plan.hits * _FLUSH * max(plan.lengths) // 100
+    flushes = len(plan.lengths) * plan.hits * _flush(max(plan.lengths))
     per_round = sum(2 * length for length in plan.lengths) + flushes
     prompts = Prompts(model, plan.rounds * per_round + 4 * sum(plan.lengths))
     before = shared_memory()
