@@ -128,12 +128,12 @@ class HostTier:
     One instance per namespace and KV-cache group. All methods may be called from any thread; `match` and `why` take no lock. Keys are 32 bytes each: a list of bytes, a TokenCursor, or packed as bytes or a uint8 array. A list's elements are checked where they are looked at.
     """
 
-    def __init__(self, n_slots: int, order: str = 's3fifo') -> None:
+    def __init__(self, n_slots: int, order: str = 's3fifo', keep: int = 0) -> None:
         """
-        Room for `n_slots` blocks; `order` is one of `eviction_orders()`.
+        Room for `n_slots` blocks; `order` is one of `eviction_orders()`. Up to `keep` blocks that were quarantined stay in their slots for people to look at, as long as there is other room.
 
         Raises:
-            ValueError: n_slots out of range, unknown order.
+            ValueError: n_slots or keep out of range, unknown order.
         """
 
     def match(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], start: int = 0) -> int:
@@ -216,6 +216,11 @@ class HostTier:
         0 if the slot has another owner by now. Leased slots stay until their leases end. The same keys may be stored anew. O(n_slots), O(1) for a leaf.
         """
 
+    def kept(self) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64]]:
+        """
+        Quarantined blocks whose bytes are still in their slots: slots, generations. Those that are kept, oldest first, then those that leases hold.
+        """
+
     def clear(self) -> int:
         """
         Takes every block out of matching at one instant; says how many were published.
@@ -262,7 +267,7 @@ def scatter(source: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), ord
     """
 
 class SlotScrubber:
-    """Looks at an arena's slots, beside those who write them. One thread."""
+    """Looks at an arena's slots, beside those who write them. Any thread."""
 
     def __init__(self, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
         """

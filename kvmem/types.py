@@ -102,6 +102,22 @@ class Moved(msgspec.Struct, frozen=True):
     check_s: float = 0.0
 
 
+class Quarantine(msgspec.Struct, frozen=True, kw_only=True):
+    """A block of the host tier that failed a check.
+
+    `blocks` left matching with it: itself and what hung below it. `at_s` is seconds since the
+    epoch. `kept`: its bytes are still in the slot, to be looked at.
+    """
+
+    slot: int
+    generation: int
+    key: str
+    reason: str
+    blocks: int
+    at_s: float
+    kept: bool = True
+
+
 class Recovered(msgspec.Struct, frozen=True):
     """What a store held when it was opened, least recently written first.
 

@@ -76,11 +76,14 @@ class PyScrubber {
   nb::tuple Check(Vector<int32_t> slots, Vector<uint64_t> generations) {
     const size_t n = slots.size();
     Require(n == generations.size(), "slots and generations must be of one length");
-    for (size_t i = 0; i < n; ++i) {
-      Require(slots.data()[i] >= 0 && static_cast<uint64_t>(slots.data()[i]) < tables_[0].n_slots(),
-              "no such slot");
+    // As they are while the GIL is held: another thread may change the arrays after.
+    const std::vector<int32_t> at(slots.data(), slots.data() + n);
+    const std::vector<uint64_t> wanted(generations.data(), generations.data() + n);
+    for (const int32_t slot : at) {
+      Require(slot >= 0 && static_cast<uint64_t>(slot) < tables_[0].n_slots(), "no such slot");
     }
     NewVector<uint8_t> found = Zeros<uint8_t>(n);
+    uint8_t* const codes = found.data();
     uint64_t n_bytes = 0;
     {
       nb::gil_scoped_release release;
@@ -88,8 +91,7 @@ class PyScrubber {
         Scrubbed worst = Scrubbed::kSound;
         for (const SlotTable& table : tables_) {
           uint64_t read = 0;
-          const Scrubbed one = ScrubShare(table, static_cast<uint64_t>(slots.data()[i]),
-                                          generations.data()[i], &room_, &read);
+          const Scrubbed one = ScrubShare(table, static_cast<uint64_t>(at[i]), wanted[i], &read);
           n_bytes += read;
           // A slot that moved on in one share did so in all.
           if (one == Scrubbed::kMovedOn) {
@@ -98,7 +100,7 @@ class PyScrubber {
           }
           worst = std::max(worst, one);
         }
-        found.data()[i] = static_cast<uint8_t>(worst);
+        codes[i] = static_cast<uint8_t>(worst);
       }
     }
     return nb::make_tuple(found, n_bytes);
@@ -107,7 +109,6 @@ class PyScrubber {
  private:
   Buffer arena_;
   std::vector<SlotTable> tables_;
-  std::vector<std::byte> room_;
 };
 
 // A SlotCopier that keeps the arena's mapping alive.
@@ -293,7 +294,7 @@ void RegisterCopy(nb::module_& m) {
         "Copies row i of source [n, piece] to row ids[i] of pool [n_blocks, piece], uint8; the "
         "ids differ.");
   nb::class_<PyScrubber>(m, "SlotScrubber",
-                         "Looks at an arena's slots, beside those who write them. One thread.")
+                         "Looks at an arena's slots, beside those who write them. Any thread.")
       .def(nb::init<Buffer>(), "arena"_a.noconvert(),
            "Keeps the buffer alive.\n\nRaises:\n    ValueError: it is no arena.")
       .def("check", &PyScrubber::Check, "slots"_a.noconvert(), "generations"_a.noconvert(),

@@ -37,12 +37,16 @@ void CheckSameSize(size_t n_slots, const char* name, size_t n) {
   }
 }
 
-std::unique_ptr<HostTier> Make(int64_t n_slots, const std::string& order) {
+std::unique_ptr<HostTier> Make(int64_t n_slots, const std::string& order, int64_t keep) {
   if (n_slots < 1 || n_slots > static_cast<int64_t>(PrefixIndex::kMaxSlots)) {
     RaiseValue("n_slots must be within 1.." + std::to_string(PrefixIndex::kMaxSlots) + ", not " +
                std::to_string(n_slots));
   }
-  std::unique_ptr<HostTier> tier = HostTier::Create(static_cast<uint32_t>(n_slots), order);
+  if (keep < 0 || keep > n_slots) {
+    RaiseValue("keep must be within 0..n_slots, not " + std::to_string(keep));
+  }
+  std::unique_ptr<HostTier> tier =
+      HostTier::Create(static_cast<uint32_t>(n_slots), order, static_cast<uint32_t>(keep));
   if (!tier) {
     std::string names;
     for (const std::string& name : OrderNames()) names += (names.empty() ? "" : ", ") + name;
@@ -130,6 +134,11 @@ nb::tuple List(const HostTier& tier, int64_t first, int64_t n) {
                         ToNumpy(std::move(listed.keys)));
 }
 
+nb::tuple Kept(const HostTier& tier) {
+  HostTier::Listed kept = tier.Kept();
+  return nb::make_tuple(ToNumpy(std::move(kept.slots)), ToNumpy(std::move(kept.generations)));
+}
+
 nb::object Evict(HostTier& tier, int64_t n) {
   if (n < 0) throw nb::value_error("n must not be negative");
   return ToNumpy(tier.Evict(static_cast<size_t>(n)));
@@ -206,6 +215,7 @@ nb::dict StatsOf(const HostTier& tier) {
   out["published"] = stats.published;
   out["orphaned"] = stats.orphaned;
   out["condemned"] = stats.condemned;
+  out["kept"] = stats.kept;
   out["leases"] = stats.leases;
   out["leased"] = stats.leased;
   out["inserts"] = stats.inserts;
@@ -239,10 +249,11 @@ void RegisterIndex(nb::module_& m) {
       "each: "
       "a list of bytes, a TokenCursor, or packed as bytes or a uint8 array. A list's elements "
       "are checked where they are looked at.")
-      .def(nb::new_(&Make), arg("n_slots"), arg("order") = "s3fifo",
+      .def(nb::new_(&Make), arg("n_slots"), arg("order") = "s3fifo", arg("keep") = 0,
            "Room for `n_slots` blocks; `order` is one of "
-           "`eviction_orders()`.\n\n"
-           "Raises:\n    ValueError: n_slots out of range, unknown order.")
+           "`eviction_orders()`. Up to `keep` blocks that were quarantined stay in their slots "
+           "for people to look at, as long as there is other room.\n\n"
+           "Raises:\n    ValueError: n_slots or keep out of range, unknown order.")
       .def("match", &Match, arg("keys"), arg("start") = 0,
            nb::sig("def match(self, " KEYS ", start: int = 0) -> int"),
            "Blocks of the longest published prefix of `keys`.\n\n"
@@ -323,6 +334,9 @@ void RegisterIndex(nb::module_& m) {
            "0 if the slot has another owner by now. Leased slots stay until "
            "their leases end. The "
            "same keys may be stored anew. O(n_slots), O(1) for a leaf.")
+      .def("kept", &Kept, nb::sig("def kept(self) -> tuple[" INT32 ", " UINT64 "]"),
+           "Quarantined blocks whose bytes are still in their slots: slots, generations. Those "
+           "that are kept, oldest first, then those that leases hold.")
       .def("clear", &HostTier::Clear, nb::call_guard<nb::gil_scoped_release>(),
            "Takes every block out of matching at one instant; says how many "
            "were published.\n\n"

@@ -10,7 +10,7 @@ namespace kvmem {
 namespace {
 
 constexpr uint64_t kFewestParts = 8, kMostParts = 32;
-constexpr uint64_t kMostKept = 16, kKeptShare = 64;  // one for so many blocks
+constexpr uint64_t kKeptShare = 64;  // one for so many blocks
 
 template <typename T>
 uint64_t Digest(const T& value) {

@@ -73,6 +73,8 @@ struct DiskSlotHeader {
 };
 static_assert(sizeof(DiskSlotHeader) == 128);
 
+inline constexpr uint64_t kMostKept = 16;
+
 // How a budget is spent on blocks of `ranks` shares of `share_bytes`.
 struct DiskPlan {
   uint64_t unit_bytes;  // a multiple of 4,096

@@ -206,6 +206,10 @@ int DiskStore::Resize(const DiskHeader& there) {
     error = WriteRecord(i, found[i].second);
   }
   if (error == 0) error = io_->Flush(table_fd_);
+  // What was kept for people was within the old budget (I7).
+  for (uint64_t i = 0; i < kMostKept; ++i) {
+    unlink((options_.folder + "/bad-" + std::to_string(i) + ".kvd").c_str());
+  }
   if (error == 0 && rename(path.c_str(), (options_.folder + "/table.kvd").c_str()) != 0) {
     error = errno;
   }

@@ -67,7 +67,8 @@ void PrefixIndex::CheckForest(std::vector<std::string>* faults) const {
       }
       continue;
     }
-    if (up >= n_slots_ || own == BlockState::kFree || own == BlockState::kOrphan) {
+    if (up >= n_slots_ || own == BlockState::kFree || own == BlockState::kOrphan ||
+        own == BlockState::kKept) {
       faults->push_back("I2: " + Slot(slot) + " should have no parent");
       continue;
     }

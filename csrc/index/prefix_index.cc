@@ -114,6 +114,13 @@ void PrefixIndex::Free(SlotId slot) {
   if (before == BlockState::kPending || before == BlockState::kPublished) Erase(slot);
 }
 
+void PrefixIndex::Keep(SlotId slot) {
+  Node& node = nodes_[slot];
+  if (node.parent != kNoSlot) --nodes_[node.parent].children;
+  node.parent = kNoSlot;
+  SetState(slot, BlockState::kKept, 0);
+}
+
 void PrefixIndex::DetachAll() {
   // One store empties the index for every reader; the rest is tidying that none of them can see.
   epoch_.fetch_add(1, std::memory_order_release);

@@ -40,6 +40,7 @@ enum class BlockState : uint8_t {
                    // reported yet
   kCondemned = 4,  // was published; out of matching; kept for the leases on it
                    // or below it (I3)
+  kKept = 5,       // was condemned; nobody uses it; its bytes are for people to look at
 };
 
 inline constexpr uint8_t kTierHost = 1;
@@ -87,6 +88,10 @@ class PrefixIndex {
 
   // Frees a slot in any state, out of the table if it is in it. REQUIRES: no children, no leases.
   void Free(SlotId slot);
+
+  // As Free(), but nobody gets the slot: it leaves its parent and keeps its generation and key.
+  // REQUIRES: condemned, no children, no leases.
+  void Keep(SlotId slot);
 
   // Takes every block out of matching at one instant and detaches each of them.
   void DetachAll();

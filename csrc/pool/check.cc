@@ -26,7 +26,7 @@ std::vector<std::string> HostTier::CheckIntegrity() const {
 }
 
 void HostTier::CheckSlots(std::vector<std::string>* faults) const {
-  std::array<uint64_t, 5> n_in{};
+  std::array<uint64_t, 6> n_in{};
   for (SlotId slot = 0; slot < index_.n_slots(); ++slot) {
     ++n_in[static_cast<size_t>(index_.state(slot))];
   }
@@ -45,6 +45,16 @@ void HostTier::CheckSlots(std::vector<std::string>* faults) const {
   };
   list(free_, BlockState::kFree, "free");
   list(pending_, BlockState::kPending, "pending");
+  list(kept_, BlockState::kKept, "kept");
+  if (kept_.size > keep_) {
+    faults->push_back("I7: " + std::to_string(kept_.size) + " blocks are kept, " +
+                      std::to_string(keep_) + " may be");
+  }
+  for (const SlotId slot : failed_) {
+    if (slot >= index_.n_slots() || index_.state(slot) != BlockState::kCondemned) {
+      faults->push_back("I7: " + Slot(slot) + " is to be kept and is not condemned");
+    }
+  }
   if (n(BlockState::kPublished) != n_published_ || n(BlockState::kOrphan) != n_orphaned_) {
     faults->push_back("I7: published or orphaned blocks are miscounted");
   }

@@ -15,13 +15,15 @@ uint64_t PerBlock(size_t bytes, uint32_t n_slots) { return (bytes + n_slots - 1)
 
 }  // namespace
 
-std::unique_ptr<HostTier> HostTier::Create(uint32_t n_slots, std::string_view order) {
-  std::unique_ptr<HostTier> tier(new HostTier(n_slots, order));
+std::unique_ptr<HostTier> HostTier::Create(uint32_t n_slots, std::string_view order,
+                                           uint32_t keep) {
+  std::unique_ptr<HostTier> tier(new HostTier(n_slots, order, keep));
   return tier->order_ ? std::move(tier) : nullptr;
 }
 
-HostTier::HostTier(uint32_t n_slots, std::string_view order)
-    : index_(n_slots),
+HostTier::HostTier(uint32_t n_slots, std::string_view order, uint32_t keep)
+    : keep_(keep),
+      index_(n_slots),
       gone_(std::max(kLeastGone, size_t{n_slots} + n_slots / 2)),
       links_(n_slots),
       order_(MakeOrder(order, index_, &links_)) {
@@ -248,6 +250,11 @@ SlotId HostTier::TakeSlot(SlotId parent) {
     // The order may have put it aside as leased; with no child to come it must come back.
     if (slot == kNoSlot && index_.Evictable(parent)) order_->Rest(parent);
   }
+  // I7: what is kept for people costs no request its room.
+  if (slot == kNoSlot) {
+    slot = links_.PopFront(&kept_);
+    if (slot != kNoSlot) index_.Free(slot);
+  }
   return slot;
 }
 
@@ -364,6 +371,8 @@ size_t HostTier::Quarantine(int32_t slot, uint64_t generation) {
   if (state != BlockState::kPending && state != BlockState::kPublished) return 0;
   const SlotId parent = index_.parent(root);
   const std::vector<SlotId> subtree = Subtree(root);
+  // One that is still being written has no bytes to look at.
+  if (keep_ > 0 && state == BlockState::kPublished) failed_.insert(root);
   for (const SlotId below : subtree) {
     gone_.Add(index_.key(below), MarkOf(Fate::kQuarantined));
     if (index_.state(below) == BlockState::kPending) {
@@ -414,11 +423,21 @@ void HostTier::LetGo(SlotId slot) {
   while (slot != kNoSlot && index_.state(slot) == BlockState::kCondemned &&
          index_.children(slot) == 0 && index_.leases(slot) == 0) {
     const SlotId parent = index_.parent(slot);
-    FreeSlot(slot);
+    if (failed_.erase(slot) > 0) {
+      KeepSlot(slot);
+    } else {
+      FreeSlot(slot);
+    }
     slot = parent;
   }
   // A condemned block under a published one (quarantine) held it, too.
   if (slot != kNoSlot && index_.Evictable(slot)) order_->Rest(slot);
+}
+
+void HostTier::KeepSlot(SlotId slot) {
+  index_.Keep(slot);
+  links_.PushBack(&kept_, slot);
+  if (kept_.size > keep_) FreeSlot(links_.PopFront(&kept_));  // I7
 }
 
 size_t HostTier::Clear() {
@@ -457,28 +476,42 @@ HostTier::Listed HostTier::List(uint32_t first, uint32_t n) const {
   const uint64_t stop = std::min<uint64_t>(index_.n_slots(), uint64_t{first} + n);
   for (uint64_t at = first; at < stop; ++at) {
     const auto slot = static_cast<SlotId>(at);
-    if (index_.state(slot) != BlockState::kPublished) continue;
-    listed.slots.push_back(static_cast<int32_t>(slot));
-    listed.generations.push_back(index_.generation(slot));
-    const Key key = index_.key(slot);
-    const auto* const bytes = reinterpret_cast<const unsigned char*>(&key);
-    listed.keys.insert(listed.keys.end(), bytes, bytes + kKeyBytes);
+    if (index_.state(slot) == BlockState::kPublished) AddTo(&listed, slot);
   }
   return listed;
+}
+
+HostTier::Listed HostTier::Kept() const {
+  Listed listed;
+  const std::lock_guard lock(mutex_);
+  for (const SlotId slot : links_.Members(kept_)) AddTo(&listed, slot);
+  for (const SlotId slot : failed_) AddTo(&listed, slot);
+  return listed;
+}
+
+void HostTier::AddTo(Listed* listed, SlotId slot) const {
+  listed->slots.push_back(static_cast<int32_t>(slot));
+  listed->generations.push_back(index_.generation(slot));
+  const Key key = index_.key(slot);
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(&key);
+  listed->keys.insert(listed->keys.end(), bytes, bytes + kKeyBytes);
 }
 
 std::optional<uint64_t> HostTier::Checksum(int32_t slot, uint64_t generation) const {
   const std::lock_guard lock(mutex_);
   if (!Owns(slot, generation)) return std::nullopt;
   const BlockState state = index_.state(static_cast<SlotId>(slot));
-  if (state != BlockState::kPublished && state != BlockState::kCondemned) return std::nullopt;
+  if (state != BlockState::kPublished && state != BlockState::kCondemned &&
+      state != BlockState::kKept) {
+    return std::nullopt;
+  }
   return index_.checksum(static_cast<SlotId>(slot));
 }
 
 HostTier::Stats HostTier::GetStats() const {
   const std::lock_guard lock(mutex_);
   const uint32_t n = index_.n_slots();
-  const uint64_t known = free_.size + pending_.size + n_published_ + n_orphaned_;
+  const uint64_t known = free_.size + pending_.size + n_published_ + n_orphaned_ + kept_.size;
   const size_t block_bytes = index_.bytes() - size_t{n} * kKeyBytes + links_.bytes();
   return Stats{
       .n_slots = n,
@@ -487,6 +520,7 @@ HostTier::Stats HostTier::GetStats() const {
       .published = n_published_,
       .orphaned = n_orphaned_,
       .condemned = n - known,
+      .kept = kept_.size,
       .leases = leases_.size(),
       .leased = n_leased_,
       .inserts = inserts_,

@@ -15,7 +15,10 @@
 //   (a) clear, quarantine, or a parent was abandoned
 //   (b) clear or quarantine, while the block or one below it is leased; else it is free at once
 //   (c) its writer reports: publish or abandon
-//   (d) the last lease on it or below it ends
+//   (d) the last lease on it or below it ends. The block that failed its check is then kept, if
+//       Create() was told to keep some: condemned ─▶ kept ─▶ free. It goes when a later one needs
+//       its place, or when there is no other room for a new block. Those below it are not kept:
+//       nothing was wrong with them.
 //
 // Thread safety: every method may be called from any thread. Match() and Why() take no lock; all
 // others take one mutex. No method throws while holding it, except std::bad_alloc before a change.
@@ -27,7 +30,7 @@
 //      block and, since leaves go first, all its ancestors. A reserved slot stays with its writer
 //      until exactly one Publish() or Abandon() of it, whatever happens to the block meanwhile.
 //   3. I4: only Publish() makes a block match.
-//   4. I7: the states of n_slots slots add up to n_slots.
+//   4. I7: the states of n_slots slots add up to n_slots, and at most `keep` of them are kept.
 #pragma once
 
 #include <array>
@@ -37,6 +40,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -70,7 +74,7 @@ class HostTier {
   };
 
   struct Stats {
-    uint64_t n_slots, free, pending, published, orphaned, condemned;
+    uint64_t n_slots, free, pending, published, orphaned, condemned, kept;
     uint64_t leases,
         leased;  // leases alive, and blocks that at least one of them names
     uint64_t inserts, evictions, abandoned, quarantined, cleared;
@@ -78,8 +82,10 @@ class HostTier {
     uint64_t side_bytes_per_block;   // of the tables that remember blocks gone
   };
 
-  // nullptr if the order is unknown. REQUIRES: 1 <= n_slots <= PrefixIndex::kMaxSlots.
-  static std::unique_ptr<HostTier> Create(uint32_t n_slots, std::string_view order);
+  // nullptr if the order is unknown. `keep`: how many blocks that failed a check stay where they
+  // are for people to look at. REQUIRES: 1 <= n_slots <= PrefixIndex::kMaxSlots.
+  static std::unique_ptr<HostTier> Create(uint32_t n_slots, std::string_view order,
+                                          uint32_t keep = 0);
 
   // Blocks of the longest published prefix; see PrefixIndex::Match. It is no use of the blocks and
   // promises nothing beyond the call: Acquire() does both.
@@ -154,7 +160,11 @@ class HostTier {
   };
   Listed List(uint32_t first, uint32_t n) const;
 
-  // Of a published or condemned block.
+  // Blocks that failed a check and whose bytes are still where they were: those that are kept,
+  // oldest first, then those that leases hold.
+  Listed Kept() const;
+
+  // Of a published, condemned or kept block.
   std::optional<uint64_t> Checksum(int32_t slot, uint64_t generation) const;
 
   Stats GetStats() const;
@@ -163,13 +173,15 @@ class HostTier {
  private:
   friend struct HostTierPeer;  // tests break things through it
 
-  HostTier(uint32_t n_slots, std::string_view order);
+  HostTier(uint32_t n_slots, std::string_view order, uint32_t keep);
 
   // All below REQUIRE mutex_.
   bool Owns(int32_t slot, uint64_t generation) const;
   SlotId TakeSlot(SlotId parent);
   void EvictSlot(SlotId slot);
   void FreeSlot(SlotId slot);
+  void KeepSlot(SlotId slot);
+  void AddTo(Listed* listed, SlotId slot) const;
   void LetGo(SlotId slot);
   void AbandonSlot(SlotId slot);
   void OrphanBelow(SlotId slot);
@@ -182,6 +194,8 @@ class HostTier {
   void CheckSlots(std::vector<std::string>* faults) const;
   void CheckLeases(std::vector<std::string>* faults) const;
 
+  const uint32_t keep_;
+
   mutable std::mutex mutex_;
 
   // Read without the mutex by Match() and Why(), written under it.
@@ -191,7 +205,9 @@ class HostTier {
   // Guarded by mutex_.
   SlotLinks links_;
   SlotLinks::List free_;
-  SlotLinks::List pending_;  // parents before children
+  SlotLinks::List pending_;            // parents before children
+  SlotLinks::List kept_;               // oldest first
+  std::unordered_set<SlotId> failed_;  // condemned blocks that will be kept
   std::unique_ptr<EvictionOrder> order_;
   std::unordered_map<uint64_t, SlotId> leases_;
   uint64_t next_lease_ = 1;

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from kvmem import events
 from kvmem._core import HostTier
 from kvmem.cache.moves import PATIENCE_S, Mover, Moves, Promotion
-from kvmem.types import GroupShape
+from kvmem.types import GroupShape, Quarantine
 
 __all__ = ["Cache", "Grant", "Part", "Reservation"]
 
@@ -39,6 +40,9 @@ Words = npt.NDArray[np.uint64]
 # Of 32 bytes each. The engine's own list is handed on as it is, and no list[BlockHash] is a
 # list[bytes] to a type checker.
 Keys = list[Any]
+# Blocks that failed a check and are told of; of as many the bytes are kept, where that is no more
+# than a sixteenth of the slots.
+N_QUARANTINED = 16
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -128,7 +132,8 @@ class Cache:
         self.groups = tuple(groups)
         # Prompts are resumed between blocks of every group.
         self.align_tokens = math.lcm(*(shape.block_tokens for shape in self.groups))
-        self._tier = HostTier(n_slots, eviction)
+        self._tier = HostTier(n_slots, eviction, keep=min(N_QUARANTINED, n_slots // 16))
+        self._quarantined: deque[Quarantine] = deque(maxlen=N_QUARANTINED)
         # Requests that have used what is here, or stored it.
         self._held: dict[str, _Held] = {}
         self._evictions_told = 0
@@ -401,10 +406,35 @@ class Cache:
         return self._tier.published(first, n)
 
     def quarantine(self, slot: int, generation: int, *, key: bytes, reason: str) -> int:
-        """Takes a block that failed a check, and all its descendants, out of matching (I5)."""
+        """Takes a block that failed a check, and all its descendants, out of matching (I5).
+
+        Its own bytes stay in the slot to be looked at, as long as there is room (I7).
+        """
         blocks = self._tier.quarantine(slot, generation)
+        if blocks:  # else somebody was quicker, and told of it
+            self._quarantined.append(
+                Quarantine(
+                    slot=slot,
+                    generation=generation,
+                    key=key.hex(),
+                    reason=reason,
+                    blocks=blocks,
+                    at_s=time.time(),
+                )
+            )
         self.bus.emit(events.Quarantined(key=key.hex(), blocks=blocks, reason=reason))
         return blocks
+
+    def quarantined(self) -> list[Quarantine]:
+        """The last blocks that failed a check, oldest first, and whose bytes are still there."""
+        if not self._quarantined:
+            return []
+        slots, generations = self._tier.kept()
+        there = set(zip(slots.tolist(), generations.tolist(), strict=True))
+        return [
+            msgspec.structs.replace(one, kept=(one.slot, one.generation) in there)
+            for one in list(self._quarantined)
+        ]
 
     # -- ending ------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The kvmem command: `demo`, `serve`, `stats`, `switch`, `verify`.
+"""The kvmem command: `demo`, `serve`, `stats`, `switch`, `quarantine`, `verify`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -46,6 +46,7 @@ bit, when a prompt begins the same way.
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
   kvmem stats --watch     what the running engines reuse, live
   kvmem switch            its loads and stores off and on, in a running engine
+  kvmem quarantine        blocks that failed a check in a running engine, and what is left of them
   kvmem verify            look through what is on the disk, every byte
 """,
 )
@@ -245,6 +246,25 @@ def switch(
         set_switch(switching.only(found), loads=_is_on(loads), stores=_is_on(stores))
     for line in switching.lines(found):
         typer.echo(line)
+
+
+@app.command()
+def quarantine(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for machines.")] = False,
+    arena: Annotated[
+        str | None, typer.Option(help="Which engine, where several run: the name of its arena.")
+    ] = None,
+) -> None:
+    """List the blocks of the host tier that failed a check in a running engine, the last sixteen.
+
+    Such a block answers no prompt any more, nor do those below it. Its bytes stay in their slot
+    while there is room; where they do, they are looked at now. Exit code 1 when no engine is
+    running.
+    """
+    from kvmem.cli.quarantine import show
+
+    if not show(arena, as_json=as_json):
+        _no_engine()
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kvmem.errors import ArenaError
 from kvmem.store import Arena, Switch, list_live, read_switch
+from kvmem.types import Quarantine
 
 __all__ = ["Page", "pages", "render", "show"]
 
@@ -58,6 +59,7 @@ class Scrub(msgspec.Struct, frozen=True):
     blocks: int = 0
     passes: int = 0
     faults: int = 0
+    on: bool = True
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -95,6 +97,7 @@ class Page(msgspec.Struct, frozen=True):
     counters: Counters
     disk: Disk | None = None
     scrub: Scrub | None = None
+    quarantine: tuple[Quarantine, ...] = ()
     last_failure: str | None = None
     allowed: Switch = Switch()
     arena: str = ""
@@ -223,7 +226,7 @@ def _table(page: Page, now_s: float) -> Table:
     )
     if page.scrub is not None:
         drawn.add_row(
-            "scrubbed",
+            "scrubbed" if page.scrub.on else "scrubbed, OFF: it failed",
             f"{page.scrub.blocks:,} blocks",
             f"{_size(page.scrub.bytes)}, {page.scrub.passes:,} passes, {page.scrub.faults:,} bad",
         )
@@ -233,7 +236,8 @@ def _table(page: Page, now_s: float) -> Table:
     drawn.add_row("failures", f"{counters.failures:,}", page.last_failure or "", style=trouble)
     if counters.shadowed:
         drawn.add_row("shadowed", f"{counters.shadowed:,} blocks", "computed to be compared")
-    drawn.add_row("quarantined", f"{counters.quarantined:,} blocks", "", style=trouble)
+    listed = f"`kvmem quarantine` lists {len(page.quarantine)}" if page.quarantine else ""
+    drawn.add_row("quarantined", f"{counters.quarantined:,} blocks", listed, style=trouble)
     return drawn
 
 

@@ -10,7 +10,7 @@ from kvmem.cli import live
 from kvmem.errors import ArenaError, ConfigError
 from kvmem.store import Arena, LiveArena, Switch, list_live, read_switch
 
-__all__ = ["engines", "lines", "only"]
+__all__ = ["engines", "lines", "only", "plain"]
 
 
 def engines(name: str | None) -> list[LiveArena]:
@@ -25,7 +25,7 @@ def engines(name: str | None) -> list[LiveArena]:
     found = list_live()
     if name is None or not found:
         return found
-    path = Arena.path_of(name.removeprefix(f"kvmem-{os.getuid()}-"))
+    path = Arena.path_of(plain(name))
     named = [one for one in found if one.path == path]
     if not named:
         raise ConfigError(
@@ -70,8 +70,13 @@ def _told(switch: Switch, allowed: Switch) -> str:
     )
 
 
+def plain(name: str) -> str:
+    """An arena's name without what its file's has in front."""
+    return name.removeprefix(f"kvmem-{os.getuid()}-")
+
+
 def _name(one: LiveArena) -> str:
-    return one.path.name.removeprefix(f"kvmem-{os.getuid()}-")
+    return plain(one.path.name)
 
 
 def _names(found: list[LiveArena]) -> str:

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def host(smollm2: str) -> Iterator[EngineHost]:
-    host = EngineHost(smollm2, kvmem={"host_gb": 0.5})
+    # No scrub: a test that damages a slot says who is to find it.
+    host = EngineHost(smollm2, kvmem={"host_gb": 0.5, "scrub_mb_s": 0})
     yield host
     host.close()
 

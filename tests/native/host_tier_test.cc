@@ -37,6 +37,8 @@ struct HostTierPeer {
   static SlotLinks& Links(HostTier& tier) { return tier.links_; }
   static auto& Free(HostTier& tier) { return tier.free_; }
   static auto& Pending(HostTier& tier) { return tier.pending_; }
+  static auto& Kept(HostTier& tier) { return tier.kept_; }
+  static auto& Failed(HostTier& tier) { return tier.failed_; }
   static void Break(SlotLinks& links, SlotId slot) { links.next_[slot] = slot; }
 };
 
@@ -51,12 +53,15 @@ size_t Put(HostTier* tier, uint64_t prompt, size_t n) {
   return tier->Publish(got.slots.data(), got.generations.data(), sums.data(), got.slots.size());
 }
 
-// Six published blocks in slots 0..5, a lease on the last, two pending in slots 6 and 7.
+// Six published blocks in slots 0..5, a lease on the last, two pending in slots 6 and 7, one in
+// slot 8 that failed a check and is kept.
 std::unique_ptr<HostTier> Furnished(const std::string& order) {
-  std::unique_ptr<HostTier> tier = HostTier::Create(16, order);
+  std::unique_ptr<HostTier> tier = HostTier::Create(16, order, 1);
   CHECK(Put(tier.get(), 1, 6) == 6);
   CHECK(tier->Acquire(TestChain(1, 6), 0, 6).lease == 1);
   CHECK(tier->Reserve(TestChain(2, 2), 0, 2).slots.size() == 2);
+  CHECK(Put(tier.get(), 3, 1) == 1);
+  CHECK(tier->Quarantine(8, 1) == 1 && tier->Kept().slots == std::vector<int32_t>{8});
   CHECK(tier->CheckIntegrity().empty());
   return tier;
 }
@@ -90,6 +95,18 @@ const Damage kDamages[] = {
     {"I7: the free list", [](HostTier& t) { Peer::Links(t).PopFront(&Peer::Free(t)); }},
     {"I7: the pending list", [](HostTier& t) { Peer::Links(t).PopFront(&Peer::Pending(t)); }},
     {"I7: the free list", [](HostTier& t) { Peer::Break(Peer::Links(t), 10); }},
+    {"I7: the kept list", [](HostTier& t) { Peer::Links(t).PopFront(&Peer::Kept(t)); }},
+    {"I7: slot 8 is in the kept list and is not kept",
+     [](HostTier& t) { IndexPeer::SetState(Peer::Index(t), 8, BlockState::kFree, 0); }},
+    {"I2: slot 8 should have no parent",
+     [](HostTier& t) { IndexPeer::Node(Peer::Index(t), 8).parent = 5; }},
+    {"I7: 2 blocks are kept, 1 may be",
+     [](HostTier& t) {
+       Peer::Links(t).Remove(&Peer::Free(t), 9);
+       Peer::Links(t).PushBack(&Peer::Kept(t), 9);
+     }},
+    {"I7: slot 3 is to be kept and is not condemned",
+     [](HostTier& t) { Peer::Failed(t).insert(3); }},
     {"I7: published or orphaned blocks are miscounted",
      [](HostTier& t) { IndexPeer::SetState(Peer::Index(t), 5, BlockState::kCondemned, 0); }},
     {"forgot evictable slot 5",
@@ -347,7 +364,7 @@ void Read(World* world, uint32_t seed) {
 void LeasedBytesHoldBesideWriters() {
   for (const std::string& order : OrderNames()) {
     World world;
-    world.tier = HostTier::Create(kSlots, order);
+    world.tier = HostTier::Create(kSlots, order, kSlots / 16);
     std::vector<std::thread> threads;
     for (int i = 0; i < kWriters; ++i) threads.emplace_back(WriteAndServe, &world, 10 + i);
     for (int i = 0; i < kReaders; ++i) threads.emplace_back(Read, &world, 20 + i);
@@ -370,7 +387,7 @@ void LeasedBytesHoldBesideWriters() {
     // Every lease ended and every writer reported: nothing may be left in between.
     CHECK(stats.leases == 0 && stats.leased == 0 && stats.pending == 0);
     CHECK(stats.orphaned == 0 && stats.condemned == 0);
-    CHECK(stats.free + stats.published == kSlots);
+    CHECK(stats.free + stats.published + stats.kept == kSlots && stats.kept <= kSlots / 16);
   }
 }
 

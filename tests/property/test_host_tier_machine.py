@@ -6,6 +6,7 @@ to, and that nobody's slot was given away is checked here after every step.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,11 +53,13 @@ class Lease:
 
 class HostTierMachine(RuleBasedStateMachine):
     order = ""
+    keep = 0
     batches = Bundle("batches")
 
     def __init__(self) -> None:
         super().__init__()
-        self.tier = HostTier(N_SLOTS, self.order)
+        self.tier = HostTier(N_SLOTS, self.order, self.keep)
+        self.failed: set[tuple[int, int]] = set()  # slot, generation of what was quarantined itself
         self.published: dict[bytes, tuple[int, int]] = {}  # key -> slot, generation
         self.pending: dict[bytes, tuple[int, int]] = {}
         self.writing: dict[int, int] = {}  # slot -> generation: reserved, not reported
@@ -70,8 +73,17 @@ class HostTierMachine(RuleBasedStateMachine):
     def _held(self) -> set[int]:
         return set().union(*(lease.path for lease in self.leases.values()))
 
+    def _kept(self) -> list[int]:
+        """Slots of blocks that failed a check, which nobody uses and nobody else has yet."""
+        slots, generations = self.tier.kept()
+        pairs = list(zip(slots.tolist(), generations.tolist(), strict=True))
+        assert set(pairs) <= self.failed
+        held = self._held()
+        return [slot for slot, _ in pairs if slot not in held]
+
     def _used(self) -> set[int]:
-        return {slot for slot, _ in self.published.values()} | self._held() | set(self.writing)
+        published = {slot for slot, _ in self.published.values()}
+        return published | self._held() | set(self.writing) | set(self._kept())
 
     def _here(self, key: bytes | None) -> bool:
         return key is None or key in self.published or key in self.pending
@@ -113,7 +125,7 @@ class HostTierMachine(RuleBasedStateMachine):
     def _reserve(self, prompt: list[bytes], start: int, stop: int) -> Batch:
         had_room = N_SLOTS - len(self._used())
         used = self._used()
-        leased_before = self._held()
+        leased_before, kept_before = self._held(), set(self._kept())
         missing = [i for i in range(start, stop) if not self._here(prompt[i])]
         index, slots, generations, reason = self.tier.reserve(prompt, start, stop)
         if start > 0 and not self._here(prompt[start - 1]):
@@ -122,11 +134,13 @@ class HostTierMachine(RuleBasedStateMachine):
         assert index.tolist() == missing[: len(index)]
         assert reason == ("" if len(index) == len(missing) else "no_room")
         gone = [key for key in self.published if self.tier.why(key) != "published"]
-        assert len(gone) == max(0, len(index) - had_room)  # no more than had to leave
+        given_back = kept_before - set(self._kept())
+        # No more than had to leave, and of what is kept only what no other room could be made for.
+        assert len(gone) + len(given_back) == max(0, len(index) - had_room)
         for key in gone:
             assert self.published[key][0] not in leased_before  # I3
             assert key not in prompt[:stop]  # its own ancestors
-        freed = {self.published[key][0] for key in gone}
+        freed = {self.published[key][0] for key in gone} | given_back
         self._forget(gone, "evicted")
         for i, slot, generation in zip(
             index.tolist(), slots.tolist(), generations.tolist(), strict=True
@@ -136,7 +150,9 @@ class HostTierMachine(RuleBasedStateMachine):
             self.last_generation[slot] = generation
             self.pending[prompt[i]] = (slot, generation)
             self.writing[slot] = generation
+        assert not given_back or not self._evictable(None)
         if reason == "no_room":
+            assert not self._kept()
             first_left = missing[len(index)]
             spared = prompt[first_left - 1] if first_left else None
             assert len(self._used()) == N_SLOTS
@@ -227,8 +243,19 @@ class HostTierMachine(RuleBasedStateMachine):
         slot, generation = self.published[key]
         assert self.tier.quarantine(slot, generation - 1) == 0
         below = self._below(key)
+        before = self._kept()
         assert self.tier.quarantine(slot, generation) == len(below)
         self._forget(below, "quarantined")
+        self.failed.add((slot, generation))
+        if slot not in self._held():  # else when the last lease on it ends
+            assert self._kept() == [*before, slot][-self.keep :] if self.keep else not before
+
+    @invariant()
+    def few_are_kept_and_nobody_uses_them(self) -> None:
+        kept = self._kept()
+        assert len(kept) == len(set(kept)) <= self.keep
+        assert not set(kept) & set(self.writing)
+        assert not set(kept) & {slot for slot, _ in self.published.values()}
 
     @rule()
     def clear(self) -> None:
@@ -281,17 +308,20 @@ class HostTierMachine(RuleBasedStateMachine):
         """With every lease ended and every writer heard, nothing is left in between."""
         for number in self.leases:
             self.tier.release(number)
+        self.leases.clear()
         slots = np.array(list(self.writing), np.int32)
         self.tier.abandon(slots, np.array(list(self.writing.values()), np.uint64))
         stats = self.tier.stats()
-        assert stats["free"] + stats["published"] == N_SLOTS
+        assert stats["free"] + stats["published"] + stats["kept"] == N_SLOTS
+        assert stats["kept"] == len(self._kept()) <= self.keep
         assert stats["leased"] == stats["condemned"] == stats["orphaned"] == 0
         assert self.tier.check_integrity() == []
 
 
-for _order in eviction_orders():
-    _machine = type(f"HostTier_{_order}", (HostTierMachine,), {"order": _order})
+for _order, _keep in itertools.product(eviction_orders(), (0, 2)):
+    _name = f"HostTier_{_order}_keeps_{_keep}"
+    _machine = type(_name, (HostTierMachine,), {"order": _order, "keep": _keep})
     _case = _machine.TestCase
     _case.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
-    globals()[f"TestHostTier_{_order}"] = _case
+    globals()[f"Test{_name}"] = _case
 del _case

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from kvmem import events
-from kvmem.store.scrub import AT_A_TIME, Scrub
+from kvmem.store.inspect import Inspected, inspect
+from kvmem.store.scrub import Scrub
 from tests.scheduling.engine import Engine, InjectedError, running
 from tests.scheduling.forward import BLOCK, WrongKVError
 
@@ -520,10 +521,21 @@ def test_damage_that_the_scrub_found_is_answered_by_nobody(
         engine.faulted = True
         stored(engine)
         engine.corrupt(engine.slots_of(PROMPT)[1])
-        for first in range(0, 40, AT_A_TIME):
-            engine.half.scrub.look(first)
+        n_bytes = engine.half.arena.slot_bytes
+        assert engine.half.scrub.look(0) == WHOLE * n_bytes
         assert engine.generate(PROMPT, 4).receipt["tokens"]["host"] == BLOCK
         found = [e for e in engine.half.bus.recent() if isinstance(e, events.Quarantined)]
         assert [(e.reason, e.blocks) for e in found] == [("scrub", WHOLE - 1)]
         assert engine.half.totals.quarantined == WHOLE - 1
+        (told,) = engine.half.cache.quarantined()
+        assert (told.reason, told.blocks, told.kept) == ("scrub", WHOLE - 1, True)
+        path, key = engine.half.arena.path, bytes.fromhex(told.key)
+        assert key == engine.keys_of(PROMPT)[1]
+        assert inspect(path, told.slot, told.generation, key) == Inspected(
+            "bytes", 0, n_bytes, (0,)
+        )
+        # Honest slots are untouched, and the prompt is stored anew beside what is kept.
+        assert engine.forget_device()
+        assert engine.generate(PROMPT, 4).receipt["tokens"]["host"] == WHOLE * BLOCK
+        assert told.slot not in engine.slots_of(PROMPT)
         engine.assert_settled()

@@ -4,6 +4,7 @@ reads, and as far on as that."""
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,43 @@ def test_a_lost_block_of_a_window_takes_no_other_with_it(cache: Cache) -> None:
     cache.release("r")
     assert ask(cache).stop == 128
     assert cache.check_integrity() == []
+
+
+def quarantined(cache: Cache, seed: int, reason: str = "checksum") -> int:
+    """Stores a prompt of two blocks whose first then fails; the answer is its slot."""
+    chain = keys(0, 32, seed)
+    room = put(cache, 0, [0, 1], chain)
+    slot, generation = int(room.slots[0]), int(room.generations[0])
+    assert cache.quarantine(slot, generation, key=chain[0], reason=reason) == 2
+    assert cache.quarantine(slot, generation, key=chain[0], reason="twice") == 0
+    return slot
+
+
+def test_blocks_that_failed_are_told_with_their_reasons_and_their_bytes_kept(cache: Cache) -> None:
+    begin = time.time()
+    slot = quarantined(cache, 7, "scrub")
+    (told,) = cache.quarantined()
+    assert (told.slot, told.key, told.reason) == (slot, keys(0, 32, 7)[0].hex(), "scrub")
+    assert (told.blocks, told.kept) == (2, True)
+    assert begin <= told.at_s <= time.time()
+    assert cache.stats()["kept"] == 1
+    assert cache.check_integrity() == []
+
+
+def test_of_64_slots_4_are_kept_and_16_failures_told(cache: Cache) -> None:
+    for seed in range(20):
+        quarantined(cache, seed)
+    told = cache.quarantined()
+    assert [one.key for one in told] == [keys(0, 32, seed)[0].hex() for seed in range(4, 20)]
+    assert [one.kept for one in told] == [False] * 12 + [True] * 4  # I7
+    assert cache.stats()["kept"] == 4
+
+
+def test_a_small_host_keeps_nothing_and_tells_it() -> None:
+    small = Cache(15, (FULL,))
+    quarantined(small, 1)
+    assert [one.kept for one in small.quarantined()] == [False]
+    assert small.stats()["free"] == 15
 
 
 def test_a_use_is_counted_once_a_request_in_every_group() -> None:

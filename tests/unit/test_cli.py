@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from rich.console import Console
 
 from kvmem import cli
+from kvmem._core import SlotCopier
 from kvmem.cli import live, switching
 from kvmem.config import describe
 from kvmem.engines.vllm import interface, launch
@@ -83,6 +85,7 @@ def test_help_names_every_command_and_what_it_is_for(kvmem: Callable[..., Ran]) 
         "kvmem serve ./my-model  start vLLM's OpenAI server",
         "kvmem stats --watch     what the running engines reuse",
         "kvmem switch            its loads and stores off and on",
+        "kvmem quarantine        blocks that failed a check",
     ):
         assert line in ran.out
 
@@ -352,6 +355,7 @@ def test_serve_becomes_the_server_in_the_same_process(
 # -- stats ----------------------------------------------------------------------------------------
 
 COUNTERS = {
+    "shadowed": 0,
     "requests": 24,
     "prompt_tokens": 80_000,
     "tokens_hit_device": 40_000,
@@ -620,6 +624,114 @@ def test_switch_without_an_engine_is_one_clear_line_and_exit_code_1(
         ran = kvmem("switch", *flags)
         assert (ran.code, ran.out) == (1, "")
         assert ran.err.startswith("kvmem: no engine with kvmem is running.")
+
+
+# -- quarantine -----------------------------------------------------------------------------------
+
+KEY = bytes(range(32))
+
+
+def failed_block(engine: Arena, *, length: int = 60, flip: int | None = None) -> dict[str, Any]:
+    """A block that is stored in slot 2 and told of on the page; one of its bits may be wrong."""
+    data = np.frombuffer(engine.buffer, np.uint8)
+    device = np.arange(64, dtype=np.uint8)
+    copier = SlotCopier(data, 1)
+    width = np.array([length], np.uint64)
+    copier.register_layers(np.array([device.ctypes.data], np.uint64), width, width, 1, 3)
+    one = np.array([2], np.int32)
+    status, _ = copier.store(np.zeros(1, np.int32), one, np.array([7], np.uint64), KEY, 3)
+    assert status.tolist() == [0]
+    if flip is not None:
+        data[engine.data_of(2) + flip] ^= 1
+    told = {"slot": 2, "generation": 7, "key": KEY.hex(), "reason": "scrub", "blocks": 4}
+    return {**told, "at_s": 1.7e9, "kept": True}
+
+
+def listed(
+    kvmem: Callable[..., Ran], engine: Arena, block: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """What the command says of the block, to machines and to people."""
+    engine.write_stats(msgspec.msgpack.encode(page(quarantine=[block])))
+    name = engine.path.name
+    ran = kvmem("quarantine", "--json", "--arena", name)
+    (row,) = json.loads(ran.out)
+    assert (ran.code, row["arena"], row["block"]) == (0, name, block)
+    return row["slot"], kvmem("quarantine", "--arena", name).out
+
+
+@pytest.mark.parametrize(
+    ("flip", "found", "ranks", "told"),
+    [
+        (59, "bytes", [0], "the bytes differ from those stored (rank 0)"),
+        (60, "sound", [], "the bytes are those stored"),  # beyond the block
+        (None, "sound", [], "the bytes are those stored"),
+    ],
+)
+def test_a_block_in_quarantine_is_looked_at(
+    kvmem: Callable[..., Ran],
+    engine: Arena,
+    flip: int | None,
+    found: str,
+    ranks: list[int],
+    told: str,
+) -> None:
+    slot, text = listed(kvmem, engine, failed_block(engine, flip=flip))
+    assert slot == {"found": found, "group": 3, "length": 60, "bad_ranks": ranks}
+    for part in (told, KEY.hex()[:16], "scrub", "2023-11-1"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "found"),
+    [
+        (32, b"\xff", "identity"),  # another key
+        (64, b"\xff", "identity"),  # of another namespace
+        (16, b"\xff\xff", "identity"),  # longer than a slot
+        (24, b"\xff\xff", "bytes"),  # another checksum
+        (0, b"\x1d", "gone"),  # somebody else is writing it
+    ],
+)
+def test_what_a_slot_says_of_itself_is_not_believed(
+    kvmem: Callable[..., Ran], engine: Arena, at: int, value: bytes, found: str
+) -> None:
+    block = failed_block(engine)
+    at += 4096 + 2 * 128
+    engine.buffer[at : at + len(value)] = value
+    assert listed(kvmem, engine, block)[0]["found"] == found
+
+
+def test_a_slot_that_was_given_back_is_not_looked_at(
+    kvmem: Callable[..., Ran], engine: Arena
+) -> None:
+    slot, text = listed(kvmem, engine, {**failed_block(engine), "kept": False})
+    assert (slot["found"], slot["group"]) == ("gone", None)
+    assert "given back" in text
+
+
+def test_an_engine_without_failures_says_so(kvmem: Callable[..., Ran], engine: Arena) -> None:
+    engine.write_stats(msgspec.msgpack.encode(page()))
+    ran = kvmem("quarantine", "--arena", engine.path.name)
+    assert (ran.code, ran.out) == (0, "No block has failed a check.\n")
+    assert kvmem("quarantine", "--arena", "no-such-engine").code == 2
+
+
+def test_stats_point_to_the_blocks_that_failed(engine: Arena) -> None:
+    failed = page(
+        counters={**COUNTERS, "quarantined": 4}, quarantine=[failed_block(engine)],
+        scrub={"bytes": 1, "blocks": 1, "passes": 1, "faults": 1, "on": False},
+    )  # fmt: skip
+    text = rendered([msgspec.convert(failed, live.Page)], 1000.0)
+    assert "quarantined │ 4 blocks │ `kvmem quarantine` lists 1" in text
+    assert "scrubbed, OFF: it failed │ 1 blocks" in text
+
+
+def test_quarantine_without_an_engine_is_one_clear_line_and_exit_code_1(
+    kvmem: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switching, "list_live", list)
+    ran = kvmem("quarantine")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("kvmem: no engine with kvmem is running.")
 
 
 # -- the demo's bad input -------------------------------------------------------------------------

@@ -295,6 +295,97 @@ def test_quarantine_leaf_by_leaf_ends_where_one_of_the_root_does(order: str) -> 
     assert ends[0] == ends[1]
 
 
+def kept(tier: HostTier) -> list[int]:
+    return tier.kept()[0].tolist()
+
+
+def fail(tier: HostTier, keys: list[bytes], at: int) -> int:
+    """Quarantines a block of a published prompt; the answer is its slot."""
+    lease, _, slots, generations = tier.acquire(keys, 0, len(keys))
+    tier.release(lease)
+    assert tier.quarantine(int(slots[at]), int(generations[at])) == len(keys) - at
+    return int(slots[at])
+
+
+def test_a_block_that_failed_keeps_its_slot_and_those_below_it_do_not(order: str) -> None:
+    tier, a = HostTier(10, order, keep=2), chain("a", 4)
+    put(tier, a)
+    slot = fail(tier, a, 1)
+    stats = tier.stats()
+    assert (kept(tier), stats["kept"], stats["free"], stats["published"]) == ([slot], 1, 8, 1)
+    assert (tier.match(a), tier.why(a[1])) == (1, "quarantined")
+    put(tier, a)  # the same keys, in other slots
+    assert kept(tier) == [slot]
+    assert slot not in tier.acquire(a, 0, 4)[2].tolist()
+    assert sound(tier)
+
+
+def test_the_oldest_of_those_kept_goes_at_the_bound(order: str) -> None:
+    tier = HostTier(10, order, keep=2)
+    slots = []
+    for name in "abc":
+        put(tier, chain(name, 1))
+        slots.append(fail(tier, chain(name, 1), 0))
+    assert kept(tier) == slots[1:]
+    assert tier.stats()["free"] == 8
+    assert sound(tier)
+
+
+def test_what_is_kept_goes_before_a_block_is_refused_and_not_before_one_can_leave(
+    order: str,
+) -> None:
+    tier, a, b = HostTier(4, order, keep=2), chain("a", 1), chain("b", 3)
+    put(tier, a)
+    slot = fail(tier, a, 0)
+    assert put(tier, b) == 3  # the tier is full
+    assert put(tier, chain("c", 1)) == 1  # a leaf of b left for it
+    assert (kept(tier), tier.match(b)) == ([slot], 2)
+    for prompt in (b[:2], chain("c", 1)):  # from here on nothing can leave
+        tier.acquire(prompt, 0, len(prompt))
+    _, slots, _, reason = tier.reserve(chain("d", 2), 0, 2)
+    assert (slots.tolist(), kept(tier), reason) == ([slot], [], "no_room")
+    assert sound(tier)
+
+
+def test_a_leased_block_that_failed_is_kept_when_its_leases_end(order: str) -> None:
+    tier, a = HostTier(10, order, keep=2), chain("a", 3)
+    put(tier, a)
+    lease, _, slots, generations = tier.acquire(a, 0, 3)
+    tier.quarantine(int(slots[1]), int(generations[1]))
+    assert (kept(tier), tier.stats()["kept"]) == ([int(slots[1])], 0)  # its bytes are there
+    tier.release(lease)
+    assert (kept(tier), tier.stats()["kept"]) == ([int(slots[1])], 1)
+    assert tier.checksum(int(slots[1]), int(generations[1])) == int(generations[1])
+    assert sound(tier)
+
+
+def test_what_is_kept_stays_over_a_clear_and_answers_nobody(order: str) -> None:
+    tier, a = HostTier(10, order, keep=2), chain("a", 3)
+    put(tier, a)
+    slot = fail(tier, a, 2)
+    tier.clear()
+    assert (kept(tier), tier.match(a), tier.stats()["free"]) == ([slot], 0, 9)
+    generation = tier.kept()[1]
+    assert tier.quarantine(slot, int(generation[0])) == 0
+    assert tier.publish(np.array([slot], np.int32), generation, generation) == 0
+    assert tier.abandon(np.array([slot], np.int32), generation) == 0
+    assert sound(tier)
+
+
+def test_a_block_that_is_being_written_is_not_kept(order: str) -> None:
+    tier, a = HostTier(10, order, keep=2), chain("a", 1)
+    _, slots, generations, _ = tier.reserve(a, 0, 1)
+    tier.quarantine(int(slots[0]), int(generations[0]))
+    tier.publish(slots, generations, generations)
+    assert (kept(tier), tier.stats()["free"]) == ([], 10)
+
+
+@pytest.mark.parametrize("keep", [-1, 11])
+def test_no_more_are_kept_than_there_are_slots(keep: int) -> None:
+    with pytest.raises(ValueError, match="keep must be within"):
+        HostTier(10, "lru", keep)
+
+
 def test_quarantine_of_a_reserved_leaf_leaves_its_siblings(tier: HostTier) -> None:
     a = chain("a", 2)
     put(tier, a)

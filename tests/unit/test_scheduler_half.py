@@ -18,6 +18,7 @@ import pytest
 from kvmem import events
 from kvmem.config import Config
 from kvmem.engines.vllm.page import RECENT
+from kvmem.engines.vllm.proof import ProofDone
 from kvmem.engines.vllm.scheduler import SchedulerHalf
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, LoadDone, Orders, StoreDone
 from kvmem.errors import ArenaInUse, CapacityError, ConfigError
@@ -58,7 +59,10 @@ def kv_cache_config() -> Any:
 
 @pytest.fixture
 def half(vllm_config: Any, kv_cache_config: Any, arena_name: str) -> Iterator[SchedulerHalf]:
-    half = SchedulerHalf(Config(host_gb=0.1, arena=arena_name), vllm_config, kv_cache_config)
+    # No worker writes its slots, and a scrub would find that.
+    config = Config(host_gb=0.1, arena=arena_name, scrub_mb_s=0)
+    half = SchedulerHalf(config, vllm_config, kv_cache_config)
+    half.acknowledged(Acks(proofs=[ProofDone(0, "")]))  # nothing is promised before
     yield half
     half.close()
 
@@ -394,6 +398,74 @@ def test_verification_checks_exactly_the_share_asked_for(half: SchedulerHalf) ->
     half.config = Config(verify_share=0.25)
     picked = [half._pick_verified(n) for n in (3, 1, 7, 5, 16, 8)]
     assert sum(int(p.sum()) for p in picked) == 40 // 4
+
+
+# -- the scrub -----------------------------------------------------------------------------------
+
+
+class Found:
+    """Stands for a scrub that found something, or failed."""
+
+    def __init__(self, *bad: tuple[int, int, bytes], error: str | None = None) -> None:
+        self.bad, self.error, self.faults = list(bad), error, len(bad)
+
+    def take(self) -> list[tuple[int, int, bytes]]:
+        found, self.bad = self.bad, []
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        return {"bytes": 0, "blocks": 0, "passes": 0, "faults": self.faults, "on": False}
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def test_what_the_scrub_found_is_promised_to_nobody(half: SchedulerHalf) -> None:
+    one = stored(half, "a", 4 * BLOCK)
+    finish(half, one)
+    slots, generations, keys = half.cache.published(0, 100)
+    at = next(i for i in range(4) if keys.tobytes()[32 * i :][:32] == one.block_hashes[1])
+    key = bytes(one.block_hashes[1])
+    half.scrub = Found((int(slots[at]), int(generations[at]), key))  # type: ignore[assignment]
+    again = request("b", 4 * BLOCK)
+    half.on_new_request(again)
+    assert half.match(again, 0) == (BLOCK, True)
+    assert half.totals.quarantined == 3
+    half.page.touch()
+    half.write_stats()
+    page = msgspec.msgpack.decode(Arena.read_stats(half.arena.path) or b"")
+    (told,) = page["quarantine"]
+    assert (told["key"], told["reason"], told["kept"]) == (key.hex(), "scrub", True)
+    assert page["scrub"]["faults"] == 1
+
+
+def test_memory_that_was_seen_to_fail_is_verified_in_full(half: SchedulerHalf) -> None:
+    half.config = Config(verify_share=0.0)
+    assert half._pick_verified(5).tolist() == [0] * 5
+    half.scrub = Found((0, 1, bytes(32)))  # type: ignore[assignment]
+    assert half._pick_verified(5).tolist() == [1] * 5
+
+
+def test_a_scrub_that_failed_is_told_once_and_costs_nothing_else(half: SchedulerHalf) -> None:
+    finish(half, stored(half, "a", 4 * BLOCK))
+    half.scrub = Found(error="OSError: x")  # type: ignore[assignment]
+    for name in "bc":
+        again = request(name, 4 * BLOCK)
+        half.on_new_request(again)
+        assert half.match(again, 0) == (3 * BLOCK, True)
+    assert (half.page.failures, half.page.last_failure) == (1, "scrub: OSError: x")
+
+
+def test_sixteen_failures_have_room_on_the_page(half: SchedulerHalf) -> None:
+    for i in range(RECENT + 1):
+        finish(half, stored(half, f"{i}-" + "é" * 40_000, BLOCK, seed=100 * i))
+    slots, generations, _ = half.cache.published(0, 100)
+    for slot, generation in zip(slots.tolist(), generations.tolist(), strict=True):
+        half.cache.quarantine(slot, generation, key=b"\xff" * 32, reason="generation")
+    half.failed("somewhere", "x" * 100_000)
+    half.write_stats()
+    page = msgspec.msgpack.decode(Arena.read_stats(half.arena.path) or b"")
+    assert (len(page["quarantine"]), len(page["recent"])) == (16, RECENT)
 
 
 # -- the live switch -----------------------------------------------------------------------------

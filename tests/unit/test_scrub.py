@@ -12,13 +12,12 @@ import pytest
 
 from kvmem._core import SlotCopier, SlotScrubber
 from kvmem.cache import Cache
-from kvmem.store import scrub as scrub_module
 from kvmem.store.arena import Arena
-from kvmem.store.scrub import AT_A_TIME, Scrub
+from kvmem.store.scrub import AT_A_TIME, PASS_S, Scrub
 from kvmem.types import GroupShape
 
 SHARE = 5_000
-N_SLOTS = 3 * AT_A_TIME
+N_SLOTS = AT_A_TIME + 40
 RATE = 1e6
 
 
@@ -34,13 +33,14 @@ class Rig:
             name, n_slots=N_SLOTS, slot_bytes=SHARE, namespace=bytes(32), ranks=ranks, label="t"
         )
         self.cache = Cache(N_SLOTS, (GroupShape(16),))
-        self.device = np.random.default_rng(1).integers(0, 256, (64, SHARE), np.uint8)
+        self.device = np.random.default_rng(1).integers(0, 256, (N_SLOTS, SHARE), np.uint8)
         self.copiers = [
             SlotCopier(np.frombuffer(self.arena.buffer, np.uint8), 1, rank) for rank in range(ranks)
         ]
         width = np.array([SHARE], np.uint64)
         for copier in self.copiers:
-            copier.register_layers(np.array([self.device.ctypes.data], np.uint64), width, width, 64)
+            base = np.array([self.device.ctypes.data], np.uint64)
+            copier.register_layers(base, width, width, N_SLOTS)
 
     def put(self, chain: list[bytes]) -> None:
         room = self.cache.reserve("w", 0, chain, range(len(chain)))
@@ -116,16 +116,49 @@ def test_a_flipped_bit_that_nobody_asked_for_is_found(
 
 
 @pytest.mark.usefixtures("still")
-def test_a_slot_that_moves_on_is_no_fault(start: Callable[..., Rig]) -> None:
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_slot_that_moves_on_is_no_fault(start: Callable[..., Rig], rewritten: bool) -> None:
+    """Its block leaves, and another may come, after the scrub was told of it and before it
+    looks."""
     rig, chain = start(), keys(4)
     rig.put(chain)
-    slots, generations, listed = rig.cache.published(0, N_SLOTS)
-    assert {listed.tobytes()[32 * i : 32 * i + 32] for i in range(4)} == set(chain)
-    rig.flip(int(slots[0]))
-    stale = generations + np.uint64(5)  # of whatever is no more, or not yet, in these slots
-    scrub = Scrub(rig.arena, lambda first, n: (slots, stale, listed), RATE)
-    scrub.look(0)
-    assert (scrub.take(), scrub.faults) == ([], 0)
+    listed = rig.cache.published(0, N_SLOTS)
+    assert {listed[2].tobytes()[32 * i : 32 * i + 32] for i in range(4)} == set(chain)
+    answers = [listed]
+
+    def published(first: int, n: int) -> Any:
+        answer = answers.pop() if answers else rig.cache.published(first, n)
+        if n > 1:  # the first time it is asked
+            for slot in listed[0].tolist():
+                rig.flip(slot)
+            rig.cache.drop("test")
+            if rewritten:
+                rig.put(keys(N_SLOTS, seed=1))
+        return answer
+
+    scrub = Scrub(rig.arena, published, RATE)
+    if rewritten:
+        scrub.look(0)
+        assert (scrub.take(), scrub.stats()["faults"], scrub.blocks) == ([], 0, 0)
+    else:  # the bytes are still there, of that generation, and wrong: but nobody can ask for them
+        scrub.look(0)
+        ((slot, generation, key), *_) = scrub.take()
+        assert rig.cache.quarantine(slot, generation, key=key, reason="scrub") == 0
+    scrub.close()
+
+
+@pytest.mark.usefixtures("still")
+@pytest.mark.parametrize("stamp", [0, 5, (1 << 64) - 1])
+def test_a_damaged_stamp_is_not_taken_for_a_slot_that_moved_on(
+    start: Callable[..., Rig], stamp: int
+) -> None:
+    rig, chain = start(), keys(3)
+    rig.put(chain)
+    slot = rig.slot_of(chain, 1)
+    at = 4096 + 128 * slot
+    rig.arena.buffer[at : at + 8] = stamp.to_bytes(8, "little")
+    scrub = Scrub(rig.arena, rig.cache.published, RATE)
+    assert [(found[0], found[2]) for found in one_pass(scrub)] == [(slot, chain[1])]
     scrub.close()
 
 
@@ -153,30 +186,108 @@ def test_slots_out_of_range_are_refused(start: Callable[..., Rig]) -> None:
     del scrubber
 
 
-def test_its_thread_keeps_to_the_rate_and_ends(
-    start: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By an event whose waits are counted: no clock."""
-    rig, passed = start(), threading.Event()
-    rig.put(keys(40))
-    waits: list[float] = []
+class Clock:
+    """Waits of a scrub's thread, counted: no time passes. After `most` it waits for the end."""
 
-    class Closing(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            if not timeout:  # the thread module's own
-                return super().wait(timeout)
-            waits.append(timeout)
-            if len(waits) >= 6:
-                passed.set()
-                return super().wait(60)  # until it is closed
+    def __init__(self, most: int) -> None:
+        self.waits: list[float] = []
+        self.over = threading.Event()
+        self.ended = threading.Event()
+        self._most = most
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        if len(self.waits) < self._most:
             return False
+        self.over.set()
+        assert self.ended.wait(60)
+        return True
 
-    monkeypatch.setattr(scrub_module.threading, "Event", Closing)
-    scrub = Scrub(rig.arena, rig.cache.published, RATE)
-    monkeypatch.undo()
-    assert passed.wait(60)
+
+def test_its_thread_keeps_to_the_rate_and_ends(start: Callable[..., Rig]) -> None:
+    rig, clock = start(), Clock(5)
+    rig.put(keys(40))
+    scrub = Scrub(rig.arena, rig.cache.published, RATE, wait=clock.wait)
+    assert clock.over.wait(60)
+    clock.ended.set()
     scrub.close()
+    scrub.close()  # again is fine
     assert not scrub._thread.is_alive()
-    # 32 blocks, then 8, then none, and again.
-    assert waits[:3] == pytest.approx([32 * SHARE / RATE, 8 * SHARE / RATE, 32 * SHARE / RATE])
-    assert scrub.passes >= 1
+    read_s = 40 * SHARE / RATE
+    rest_s = PASS_S - read_s  # a pass over little takes its time, too
+    assert clock.waits == pytest.approx([read_s, rest_s, read_s, rest_s, read_s])
+    assert (scrub.passes, scrub.bytes) == (2, 3 * 40 * SHARE)
+
+
+@pytest.mark.parametrize("n_blocks", [0, 3])
+def test_a_pass_over_little_is_no_busy_loop(start: Callable[..., Rig], n_blocks: int) -> None:
+    rig, clock = start(), Clock(12)
+    if n_blocks:
+        rig.put(keys(n_blocks))
+    scrub = Scrub(rig.arena, rig.cache.published, RATE, wait=clock.wait)
+    assert clock.over.wait(60)
+    passes = scrub.passes
+    clock.ended.set()
+    scrub.close()
+    assert passes >= 5
+    assert sum(clock.waits) >= (passes - 1) * PASS_S
+
+
+def test_it_reads_no_more_at_once_than_a_burst(start: Callable[..., Rig]) -> None:
+    rig, clock = start(), Clock(1)
+    rig.put(keys(40))
+    looked: list[int] = []
+    scrub = Scrub(rig.arena, rig.cache.published, RATE, wait=clock.wait)
+    assert clock.over.wait(60)
+    scrub._burst = 16
+    assert scrub.look(0, lambda n_bytes: looked.append(n_bytes) or False) == 40 * SHARE
+    assert looked == [16 * SHARE, 16 * SHARE, 8 * SHARE]
+    assert scrub.look(0, lambda n_bytes: True) == 16 * SHARE  # told to end
+    clock.ended.set()
+    scrub.close()
+
+
+def test_a_scrub_that_fails_says_so_and_ends(start: Callable[..., Rig]) -> None:
+    rig = start()
+
+    def published(first: int, n: int) -> Any:
+        raise RuntimeError("no index")
+
+    scrub = Scrub(rig.arena, published, RATE)
+    scrub._thread.join(60)
+    assert (scrub.error, scrub.stats()["on"]) == ("RuntimeError: no index", False)
+    scrub.close()
+
+
+def test_nothing_reads_the_arena_after_close(start: Callable[..., Rig]) -> None:
+    rig = start()
+    rig.put(keys(40))
+    scrub = Scrub(rig.arena, rig.cache.published, 1e12)
+    scrub.close()
+    rig.close()
+    rig.arena.buffer.close()  # BufferError while anything still has it
+
+
+def test_honest_blocks_are_never_called_bad_beside_a_writer(start: Callable[..., Rig]) -> None:
+    """Threads, a real index and real copies, and then a block that is not honest."""
+    rig, chain, found = start(), keys(8), threading.Event()
+    rig.put(chain)
+    scrubs: list[Scrub] = []
+
+    def wait(seconds: float) -> bool:
+        if scrubs and scrubs[0].faults:
+            found.set()
+        return False
+
+    scrub = Scrub(rig.arena, rig.cache.published, RATE, wait=wait)
+    scrubs.append(scrub)
+    for seed in range(1, 60):
+        rig.put(keys(60, seed))
+    assert rig.cache.stats()["evictions"] > 0
+    assert (scrub.faults, scrub.error) == (0, None)
+    rig.put(chain)
+    slot = rig.slot_of(chain, 3)
+    rig.flip(slot)
+    assert found.wait(60)
+    scrub.close()
+    assert {(one[0], one[2]) for one in scrub.take()} == {(slot, chain[3])}

@@ -229,6 +229,8 @@ OPTIONAL: tuple[Need, ...] = (
          without="LoRA adapters are refused"),
     Need("name", "vllm.v1.request", "Request._block_hasher",
          without="after new weights, nothing is stored on the device's own hits before a reset"),
+    Need("name", "vllm.v1.request", "Request.skip_reading_prefix_cache",
+         without="no hit is computed to be compared with what is stored"),
     Need("call", "vllm.v1.core.block_pool", "BlockPool.evict_blocks", ("block_ids",),
          without="new weights while requests run leave old blocks in the device's prefix cache"),
     Need("name", "vllm.v1.core.sched.scheduler", "Scheduler.failed_recving_kv_req_ids",

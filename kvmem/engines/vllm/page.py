@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from kvmem.engines.vllm.seen import Totals
 from kvmem.store.arena import Arena
+from kvmem.types import Quarantine
 
 __all__ = ["Page"]
 
@@ -73,12 +75,18 @@ class Page:
             **{name: below[name] for name in same},
         }
 
-    def write(self, tier: dict[str, Any], scrubbed: dict[str, Any] | None = None) -> None:
+    def write(
+        self,
+        tier: dict[str, Any],
+        scrubbed: dict[str, Any] | None = None,
+        quarantined: Sequence[Quarantine] = (),
+    ) -> None:
         """Writes the page, at most four times a second but for news.
 
         Args:
             tier: `Cache.stats()`.
             scrubbed: `Scrub.stats()`, where there is one.
+            quarantined: `Cache.quarantined()`.
         """
         now = time.monotonic()
         if not self._due and now - self._written_s < EVERY_S:
@@ -98,6 +106,7 @@ class Page:
             },
             "disk": self._disk(tier.get("disk")),
             "scrub": scrubbed,
+            "quarantine": list(quarantined),
             "counters": {
                 **self.totals.as_dict(),
                 "evictions": tier["evictions"],

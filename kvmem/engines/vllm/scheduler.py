@@ -52,6 +52,7 @@ __all__ = ["SchedulerHalf"]
 
 VERIFY_PERIOD = 1 << 16
 IDLE_WAIT_S = 0.02
+SKIPS = "skip_reading_prefix_cache"  # of a request: no prefix cache is read for it
 # What a load can say against a block itself; other statuses are of the copy, not of the block.
 QUARANTINED = {1: "identity", 2: "generation", 3: "checksum"}
 
@@ -82,11 +83,6 @@ class SchedulerHalf:
             bus=self.bus,
             mover=self.disk,
         )
-        self.scrub = (
-            Scrub(self.arena, self.cache.published, config.scrub_mb_s * 1e6)
-            if config.scrub_mb_s
-            else None
-        )
         model = vllm_config.model_config
         self.page = Page(
             self.arena,
@@ -113,6 +109,9 @@ class SchedulerHalf:
         self.switch = SwitchReader(
             self.arena, on_damage=lambda told: self.failed("switch", told), on_change=self._switched
         )
+        # Last: its thread must not outlive a start that was refused.
+        rate = config.scrub_mb_s * 1e6
+        self.scrub = Scrub(self.arena, self.cache.published, rate) if rate else None
         self.write_stats()
 
     def _switched(self, now: Switch) -> None:
@@ -142,16 +141,16 @@ class SchedulerHalf:
 
     def _maybe_shadow(self, request: Request, seen: Seen) -> None:
         """Has a share of the hits computed and compared: the engine's own are off for them, too."""
-        if getattr(request, "skip_reading_prefix_cache", None) is not False:
+        if getattr(request, SKIPS, None) is not False:
             return  # it is off anyway, or this vLLM can't switch it off
         if seen.wishes.load_off or self._load_off(skips=False) or self.proofs.wanted:
             return
-        if request.lora_request is not None:
+        if getattr(request, "lora_request", None) is not None:
             return  # of what content its adapter is is known when it is scheduled
         self.live.admit(seen, 0)
         limit = self._reach(request)
         if self.shadows.choose(request.request_id, seen.keys, limit):
-            request.skip_reading_prefix_cache = True
+            setattr(request, SKIPS, True)
             seen.shadowed = True
 
     def match(self, request: Request, n_computed_tokens: int) -> tuple[int | None, bool]:
@@ -173,7 +172,7 @@ class SchedulerHalf:
         # may be on blocks from before it, whatever is stored under their keys by now: nothing on
         # top of a hit is stored until a reset has emptied the device too.
         seen.stale = self._was_reset and start > 0
-        skips = getattr(request, "skip_reading_prefix_cache", False)
+        skips = getattr(request, SKIPS, False)
         seen.forget_stored()
         off = seen.wishes.load_off or self._load_off(skips, shadowed=seen.shadowed)
         if off or seen.load_failed:
@@ -321,9 +320,15 @@ class SchedulerHalf:
         self.cache.settle(IDLE_WAIT_S if idle else 0.0)
 
     def _take_scrubbed(self) -> None:
-        for slot, generation, key in self.scrub.take() if self.scrub is not None else ():
+        """Quarantines what the scrub found, before anything more is promised (I5)."""
+        if self.scrub is None:
+            return
+        for slot, generation, key in self.scrub.take():
             n = self.cache.quarantine(slot, generation, key=key, reason="scrub")
             self.totals.quarantined += n
+        if self.scrub.error is not None:
+            error, self.scrub.error = self.scrub.error, None
+            self.failed("scrub", error)
 
     def sent_out(self) -> list[str]:
         """The engine has the orders: nothing of them is said twice.
@@ -369,7 +374,10 @@ class SchedulerHalf:
         )
 
     def _pick_verified(self, n_blocks: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Which blocks are checked against their checksum: an exact share, evenly spread."""
+        """Which blocks are checked against their checksum: an exact share, evenly spread; all, once
+        the scrub has seen this memory fail. What it found may have been promised before."""
+        if self.scrub is not None and self.scrub.faults:
+            return np.ones(n_blocks, np.uint8)
         share = round(self.config.verify_share * VERIFY_PERIOD)
         credit = self._verify_credit + share * np.arange(1, n_blocks + 1)
         self._verify_credit = int(credit[-1]) % VERIFY_PERIOD if n_blocks else self._verify_credit
@@ -512,16 +520,16 @@ class SchedulerHalf:
     def write_stats(self) -> None:
         """Puts the counters where `kvmem stats` reads them, at most four times a second."""
         scrubbed = self.scrub.stats() if self.scrub is not None else None
-        self.page.write(self.cache.stats(), scrubbed)
+        self.page.write(self.cache.stats(), scrubbed, self.cache.quarantined())
 
     def close(self) -> None:
         """Unmaps the arena and removes its file."""
-        self.live.close()
-        if self.scrub is not None:
-            self.scrub.close()
         try:
+            self.live.close()
             self.write_stats()
         finally:
+            if self.scrub is not None:
+                self.scrub.close()
             if self.disk is not None:
                 self.disk.close()
             self.arena.close(unlink=True)
