@@ -187,6 +187,29 @@ define native-tests
 	  $(STILL) $(CTEST) --output-on-failure --no-tests=error
 endef
 
+FUZZ_S ?= 30
+FUZZ := build/fuzz/tests/native/fuzz_disk
+FUZZ_EMPTY := extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }
+
+# The corpus stays in build/fuzz/corpus: a later run goes on from there.
+.PHONY: fuzz
+fuzz: $(READY)  ## libFuzzer on the disk store's readers for FUZZ_S=30 seconds, under ASan and UBSan; needs clang
+	@if ! echo '$(FUZZ_EMPTY)' | clang++ -x c++ -fsanitize=fuzzer,address - -o /dev/null 2>/dev/null; then \
+	  echo "fuzz: skipped, there is no clang++ with libFuzzer here (Debian: clang, libclang-rt-14-dev)"; \
+	  exit 0; \
+	fi; \
+	[ -f build/fuzz/build.ninja ] || $(CMAKE) -S . -B build/fuzz -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM=$(NINJA) -DCMAKE_CXX_COMPILER=clang++ -DKVMEM_FUZZ=ON \
+	  -DKVMEM_PYTHON=OFF -DKVMEM_CUDA=OFF --log-level=WARNING; \
+	$(CMAKE) --build build/fuzz --target fuzz_disk; \
+	mkdir -p build/fuzz/corpus; \
+	if KVMEM_FUZZ_BREAK=1 $(FUZZ) -runs=1 -artifact_prefix=build/fuzz/break- 2>build/fuzz/break.log || \
+	  ! grep -q 'does not hold' build/fuzz/break.log; then \
+	  echo "fuzz: a wrong byte was not seen"; cat build/fuzz/break.log; exit 1; \
+	fi; \
+	$(FUZZ) -max_total_time=$(FUZZ_S) -len_control=0 -max_len=600 -verbosity=0 -print_final_stats=1 \
+	  -artifact_prefix=build/fuzz/ build/fuzz/corpus
+
 CC_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cc' 'tests/native/*.h')
 
 .PHONY: lint

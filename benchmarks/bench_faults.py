@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +41,7 @@ DATA = "data.kvd"
 HEADER, RECORD, SLOT_HEADER, SECTOR, PAGE = 4096, 128, 128, 512, 4096
 CHAINS = 12
 KILLS_IN_A_FOLDER = 8
+DELAY_S = 0.03  # a chain takes a third of it, or, on a busy machine, all
 FLIPS_AT_ONCE = 8
 
 
@@ -71,8 +74,9 @@ def writer(root: Path, first: int, faults: str, told: int) -> None:
             os.write(told, (1 << 31).to_bytes(4, "little"))
 
 
-def kill_once(root: Path, first: int, faults: str, after: int) -> list[int]:
-    """Chains that were acknowledged by a process that was then killed."""
+def kill_once(root: Path, first: int, faults: str, after: int, delay_s: float) -> list[int]:
+    """Chains that were acknowledged by a process that was then killed: by `faults`, or so long
+    after it had told of so many."""
     out, into = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -83,10 +87,16 @@ def kill_once(root: Path, first: int, faults: str, after: int) -> list[int]:
             os._exit(1)
     os.close(into)
     told: list[int] = []
-    while len(piece := os.read(out, 4)) == 4:
+    at: float | None = None
+    while True:
+        if at is not None and not select.select([out], [], [], max(0.0, at - time.monotonic()))[0]:
+            os.kill(pid, signal.SIGKILL)
+            at = None
+        if len(piece := os.read(out, 4)) < 4:
+            break
         told.append(int.from_bytes(piece, "little"))
         if len(told) == after:
-            os.kill(pid, signal.SIGKILL)
+            at = time.monotonic() + delay_s
     os.close(out)
     _, status = os.waitpid(pid, 0)
     if os.WTERMSIG(status) != signal.SIGKILL:
@@ -104,10 +114,12 @@ def kills(folder: Path, n: int, draw: np.random.Generator, tally: Tally) -> None
         first = 1 + max(known, default=0)
         point = turn % 2 == 0
         faults = f"kill:{POINTS[turn // 2 % 4]}:{draw.integers(1, 40)}" if point else ""
-        told = kill_once(root, first, faults, 0 if point else int(draw.integers(1, 8)))
+        after, delay_s = 0 if point else int(draw.integers(1, 8)), float(draw.uniform(0, DELAY_S))
+        told = kill_once(root, first, faults, after, delay_s)
         tally["wrong"] += sum(number >= 1 << 31 for number in told)
         known += [number for number in told if number < 1 << 31]
-        answered = tally.read_all(root, known)
+        *answered, under_way = tally.read_all(root, [*known, 1 + max(known, default=first - 1)])
+        tally["cut_short"] += 0 < under_way < CHAIN
         tally["lost_beyond_bound"] += sum(CHAIN - n for n in answered)
         tally["blocks_after_kills"] += sum(answered)
         tally["kills"] += 1
@@ -327,6 +339,7 @@ def main() -> None:
             **{what: tally[what] for what in ("kills", "flips", "torn", *bad)},
             "vllm_files": theirs,
             "blocks_after_kills": tally["blocks_after_kills"],
+            "cut_short": tally["cut_short"],
             "stale_tables": tally["stale_tables"],
             "seed": args.seed,
             "left_behind": leftovers(before),
