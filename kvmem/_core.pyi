@@ -173,6 +173,9 @@ class HostTier:
         Published blocks in slots [first, first + n) now: slots, generations, keys [n*32].
         """
 
+    def find(self, key: bytes) -> tuple[int, int] | None:
+        """Slot and generation of the published block with this key."""
+
     def evict(self, n: int) -> numpy.typing.NDArray[numpy.int32]:
         """
         Evicts up to n blocks, as `reserve` does where it must; whose slots they were.

@@ -139,6 +139,12 @@ nb::tuple Kept(const HostTier& tier) {
   return nb::make_tuple(ToNumpy(std::move(kept.slots)), ToNumpy(std::move(kept.generations)));
 }
 
+nb::object Find(const HostTier& tier, const nb::bytes& key) {
+  if (key.size() != kKeyBytes) throw nb::value_error("key must have 32 bytes");
+  const auto found = tier.Find(LoadKey(reinterpret_cast<const unsigned char*>(key.c_str())));
+  return found ? nb::object(nb::make_tuple(found->first, found->second)) : nb::none();
+}
+
 nb::object Evict(HostTier& tier, int64_t n) {
   if (n < 0) throw nb::value_error("n must not be negative");
   return ToNumpy(tier.Evict(static_cast<size_t>(n)));
@@ -286,6 +292,9 @@ void RegisterIndex(nb::module_& m) {
            nb::sig("def published(self, first: int, n: int) -> tuple[" INT32 ", " UINT64 ", "
                    "numpy.typing.NDArray[numpy.uint8]]"),
            "Published blocks in slots [first, first + n) now: slots, generations, keys [n*32].")
+      .def("find", &Find, arg("key"),
+           nb::sig("def find(self, key: bytes) -> tuple[int, int] | None"),
+           "Slot and generation of the published block with this key.")
       .def("evict", &Evict, arg("n"), nb::sig("def evict(self, n: int) -> " INT32),
            "Evicts up to n blocks, as `reserve` does where it must; whose slots they were.")
       .def("reserve", &Reserve, arg("keys"), arg("start"), arg("stop"),

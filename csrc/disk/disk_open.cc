@@ -167,7 +167,8 @@ int DiskStore::MakeTable() {
 int DiskStore::ReadTable(const DiskHeader& header,
                          std::vector<std::pair<uint64_t, DiskRecord>>* found) {
   std::vector<DiskRecord> some(kRecordsAtATime);
-  found->reserve(header.n_records);
+  // A size from outside: the file says how many there can be.
+  found->reserve(std::min(header.n_records, SizeOf(table_fd_) / sizeof(DiskRecord)));
   for (uint64_t first = 0; first < header.n_records; first += kRecordsAtATime) {
     const uint64_t n = std::min(kRecordsAtATime, header.n_records - first);
     size_t n_read = 0;

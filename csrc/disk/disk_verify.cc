@@ -63,7 +63,8 @@ std::unique_ptr<DiskVerifier> DiskVerifier::Open(const std::string& folder, bool
   // Sizes from outside: what they lead to is made of them below.
   const uint64_t slot_bytes = DiskSlotBytes(header.share_bytes * header.ranks);
   if (!IsSound(header) || header.unit_bytes == 0 || header.unit_bytes % kDiskAlign != 0 ||
-      header.ranks == 0 || header.ranks > 1024 || header.share_bytes > (uint64_t{1} << 32) ||
+      header.unit_bytes > slot_bytes || header.ranks == 0 || header.ranks > 1024 ||
+      header.share_bytes > (uint64_t{1} << 32) / header.ranks ||
       slot_bytes > 64 * header.unit_bytes || header.n_units > UINT32_MAX ||
       header.n_records > INT32_MAX) {
     return fail(folder + "/table.kvd: its header is damaged");

@@ -470,6 +470,13 @@ bool HostTier::Owns(int32_t slot, uint64_t generation) const {
          index_.generation(static_cast<SlotId>(slot)) == generation;
 }
 
+std::optional<std::pair<int32_t, uint64_t>> HostTier::Find(const Key& key) const {
+  const std::lock_guard lock(mutex_);
+  const SlotId slot = index_.Find(key);
+  if (slot == kNoSlot || index_.state(slot) != BlockState::kPublished) return std::nullopt;
+  return std::pair(static_cast<int32_t>(slot), index_.generation(slot));
+}
+
 HostTier::Listed HostTier::List(uint32_t first, uint32_t n) const {
   Listed listed;
   const std::lock_guard lock(mutex_);

@@ -164,6 +164,9 @@ class HostTier {
   // oldest first, then those that leases hold.
   Listed Kept() const;
 
+  // Where the published block with this key is, and its generation.
+  std::optional<std::pair<int32_t, uint64_t>> Find(const Key& key) const;
+
   // Of a published, condemned or kept block.
   std::optional<uint64_t> Checksum(int32_t slot, uint64_t generation) const;
 

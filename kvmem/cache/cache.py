@@ -425,6 +425,21 @@ class Cache:
         self.bus.emit(events.Quarantined(key=key.hex(), blocks=blocks, reason=reason))
         return blocks
 
+    def distrust(self, slot: int, generation: int, *, key: bytes, reason: str) -> int:
+        """As `quarantine`, of a block that was stored wrong: its checksum holds, so the disk would
+        bring it back. Blocks that stand by themselves do not say what they were computed from:
+        where a model has such, everything goes."""
+        blocks = self.quarantine(slot, generation, key=key, reason=reason)
+        if not all(shape.closed for shape in self.groups):
+            return blocks + self.drop(reason)
+        if self._moves is not None:
+            below = self._moves.distrust(key)
+            if below:
+                self.bus.emit(
+                    events.Quarantined(key=key.hex(), blocks=below, reason=reason, tier="disk")
+                )
+        return blocks
+
     def quarantined(self) -> list[Quarantine]:
         """The last blocks that failed a check, oldest first, and whose bytes are still there."""
         if not self._quarantined:

@@ -396,6 +396,17 @@ class Moves:
             events.Quarantined(key=move.key.hex(), blocks=blocks, reason="disk", tier="disk")
         )
 
+    def distrust(self, key: bytes) -> int:
+        """Takes a block out for good whose checksum holds and whose content is wrong, with all that
+        hangs below it, now and after a restart; how many."""
+        found = self.disk.find(key)
+        if found is None:
+            return 0
+        record, generation = found
+        blocks = self.disk.quarantine(record, generation)  # I5
+        self._mover.drop(record)  # what hangs below it counts for nothing without it (I2)
+        return blocks
+
     # -- the whole ---------------------------------------------------------------------------
 
     def drop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,4 +126,32 @@ def test_a_comparison_that_fails_costs_nothing(
 
         monkeypatch.setattr(engine.worker.worker, "compare", compare)
         assert engine.generate(PROMPT, 10).receipt["off"]["load"] == "shadow"
+        engine.assert_settled()
+
+
+@pytest.mark.parametrize("groups", ["full", "hybrid"])
+def test_neither_the_disk_nor_the_device_brings_it_back(
+    start: Callable[..., Any], tmp_path: Path, groups: str
+) -> None:
+    """The disk's checksum holds as well, and the device was loaded from the slot."""
+    disk = {"disk_gb": 0.01, "disk_path": str(tmp_path / "disk"), "groups": groups}
+    with start(shadow_share=0.0, **disk) as engine:
+        engine.faulted = True
+        stored(engine)
+        engine.forge(engine.slots_of(PROMPT)[1])
+        engine.rest_disk()
+        moves = engine.half.cache._moves
+        moves.drop()  # the honest copy; the forged one goes down instead
+        for group, keys in enumerate(engine.chains_of(PROMPT)):
+            engine.half.cache.demote(group, keys, range(len(keys)))
+        engine.rest_disk()
+        assert moves.disk.match(engine.chains_of(PROMPT)[0]) == WHOLE
+        engine.half.shadows._share = 1.0
+        engine.generate(PROMPT, 4)
+        engine.half.shadows._share = 0.0
+        assert moves.disk.match(engine.chains_of(PROMPT)[0]) == (1 if groups == "full" else 0)
+        assert engine.generate(PROMPT, 4).receipt["tokens"]["disk"] == 0
+        engine.assert_settled()
+    with start(shadow_share=0.0, **disk) as engine:
+        assert engine.generate(PROMPT, 4).tokens  # after a restart, too
         engine.assert_settled()

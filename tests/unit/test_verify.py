@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from kvmem._core import xxh3_64
 from kvmem.cli import app
 from kvmem.errors import ConfigError
 from kvmem.store.verify import stores_of, verify
@@ -152,3 +153,27 @@ def test_the_command_tells_people_and_machines(start: Callable[..., Host]) -> No
     assert (told["status"], told["blocks"], len(told["bad"])) == ("damaged", 6, 6)
     assert run(folder, "--repair").exit_code == 0
     assert run(folder).exit_code == 0
+
+
+def reseal(path: Path, at: int, value: int) -> None:
+    """A header that says so, with a checksum that holds: damage makes none, people might."""
+    raw = bytearray(path.read_bytes())
+    raw[at : at + 8] = value.to_bytes(8, "little")
+    raw[4088:4096] = xxh3_64(bytes(raw[:4088])).to_bytes(8, "little")
+    path.write_bytes(raw)
+
+
+def test_a_header_that_lies_about_its_sizes_is_given_no_memory(start: Callable[..., Host]) -> None:
+    host, chains, paths = filled(start)
+    host.close()
+    table = paths["table.kvd"]
+    honest = table.read_bytes()
+    reseal(table, 24, 2**40)  # unit_bytes
+    assert verify(host.disk.folder).status == "unreadable"
+    table.write_bytes(honest)
+    reseal(table, 40, 2**40)  # share_bytes
+    assert verify(host.disk.folder).status == "unreadable"
+    table.write_bytes(honest)
+    reseal(table, 16, 2**31 - 2)  # n_records: as of a larger budget
+    again = start()
+    assert [again.get(chain, f"r{i}") for i, chain in enumerate(chains)] == [6, 5, 4]

@@ -398,6 +398,8 @@ class SchedulerHalf:
             self.totals.shadowed += compared.blocks
             self.totals.quarantined += self.shadows.told(compared)
             if compared.bad:
+                if not self.live.empty_device():
+                    self._was_reset = True  # nothing is stored on top of what it still has
                 self.failed("shadow", f"{len(compared.bad)} blocks differ by {compared.worst:.3g}")
         # First: blocks of a step that loaded other weights than it was keyed for are not published.
         if acks is not None and acks.adapters:

@@ -5,7 +5,8 @@ A request that is chosen is answered as a miss, with the engine's own prefix cac
 or nothing would be computed. As each of its blocks is complete the worker compares it with the
 slot, which is leased until then. Bits are equal where the prompt was cut into chunks as before;
 elsewhere they may differ by as much as that makes (see `NEAR`). More is a violation: the block and
-all below it are quarantined.
+all below it are quarantined, on the disk too, whose checksums hold as well, and the engine's own
+prefix cache is emptied, which may have been loaded from them.
 
 Of models with several KV-cache groups those of full attention are compared, which all others are
 computed from.
@@ -133,7 +134,7 @@ class Shadows:
         """Takes in an outcome: quarantines what differs (I5), says so; blocks quarantined."""
         gone = 0
         for slot, generation, key in compared.bad:
-            gone += self._cache.quarantine(slot, generation, key=key, reason="shadow")
+            gone += self._cache.distrust(slot, generation, key=key, reason="shadow")
         self._bus.emit(
             events.Shadowed(
                 request_id=compared.request_id,

@@ -141,7 +141,7 @@ class Live:
         had = self._on_device.get(name)
         if had is None or had == seen.adapter:
             if len(self._on_device) >= MAX_NAMES:
-                self._empty_device()
+                self.empty_device()
             self._on_device[name] = seen.adapter
             return True
         # Others of that name run on, with the former content: their blocks to come would be found
@@ -152,7 +152,7 @@ class Live:
             if other.adapter not in (b"", seen.adapter) and _engines_name(other.request) == name
         )
         hidden = [self._outdate(other) for other in others]
-        if not (self._empty_device() and all(hidden)):
+        if not (self.empty_device() and all(hidden)):
             self._half._was_reset = True
         self._on_device[name] = seen.adapter
         return False
@@ -165,7 +165,7 @@ class Live:
         log.info("kvmem: %s: what was stored is for other weights", reason)
         self._half.cache.drop("weights")
         hidden = [self._outdate(seen) for seen in list(self._half._seen.values())]
-        emptied = self._empty_device()
+        emptied = self.empty_device()
         # Where something of the old weights can still be found there, nothing is stored on top.
         self._half._was_reset = not (emptied and all(hidden))
 
@@ -191,7 +191,7 @@ class Live:
                 hidden.append(self._outdate(seen))
         if wrong or hidden:
             log.info("kvmem: an adapter has new content; %d requests had the former", len(hidden))
-            if not (self._empty_device() and all(hidden)):
+            if not (self.empty_device() and all(hidden)):
                 self._half._was_reset = True
 
     def ask(self, core: Any, reloaded: int | None = None) -> None:
@@ -255,7 +255,8 @@ class Live:
         request.num_computed_tokens = 0
         return True
 
-    def _empty_device(self) -> bool:
+    def empty_device(self) -> bool:
+        """Whether the engine's own prefix cache is empty now."""
         self._on_device.clear()
         pool: BlockPool | None = self._half._device_pool
         if pool is None and self._scheduler is not None:  # before 0.30
