@@ -48,6 +48,7 @@ HOOKS = {
     "request_finished": ("half", "finished"),
     "start_load_kv": ("worker", "begin"),
     "wait_for_save": ("worker", "store"),
+    "compare": ("worker", "compare"),
     "get_finished": ("worker", "results"),
     "get_transfer_results": ("worker", "failed_requests"),
     "get_block_ids_with_load_errors": ("worker", "failed_blocks"),
