@@ -37,7 +37,8 @@ def _cpu_features() -> list[str]:
 
 _BF16 = "bfloat16"
 _SHORT_STEPS = "steps of at most one block, or a prefill raises IndexError"
-_NO_MLA = ("refused", "MLA with prefix caching off", "", "amx_tile")
+_AMX = "amx_tile"
+_NO_MLA = ("refused", "MLA with prefix caching off", "", _AMX)
 
 MODELS: dict[str, Model] = {
     "llama": Model("full attention"),
@@ -81,6 +82,8 @@ def _of_model(name: str) -> Setup:
     if name == "qwen3_next":
         # vLLM's CPU kernel takes no other type; its blocks are long.
         options |= {"dtype": "bfloat16", "max_model_len": 4096}
+    if name.startswith("deepseek") and _AMX in _cpu_features():
+        options |= {"dtype": "bfloat16"}  # vLLM's kernel for it takes no float32
     if name == "llama4 kept in full":
         options |= {"disable_hybrid_kv_cache_manager": True}
     if name in ("mamba2", "granite_hybrid"):
