@@ -157,6 +157,10 @@ $(LMCACHE)/.installed: requirements/lmcache.lock $(STAMPS)/uv-$(UV_VERSION)
 test: setup test-native  ## all tests: the native core, then Python with the real engine
 	KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest $(TEST_ARGS)
 
+.PHONY: soak
+soak: setup  ## five minutes of mixed traffic, held against an engine without kvmem: nine in all
+	KVMEM_SOAK=1 KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest tests/e2e/test_soak.py
+
 OLDEST := 0.29.0
 .PHONY: versions
 versions: setup $(patsubst requirements/versions/%.lock,.venv-vllm-%/.installed,$(wildcard requirements/versions/*.lock))  ## every release of vLLM that installs, each by itself; writes the table of docs/vllm.md
