@@ -15,6 +15,8 @@ from kvmem.cli.live import Page
 __all__ = ["MOST_GROWTH", "errors_in", "growth", "held_at_rest", "memory_of"]
 
 MOST_GROWTH = 0.02
+_ENDS = "[shutdown] API server: shutdown triggered"
+_ITS_OWN = "[async_llm.py:"
 _ERROR = re.compile(
     r"(?:^|[\s)])(?:ERROR|CRITICAL|FATAL)\b"  # a log's level, after the process's name or first
     r"|Traceback \(most recent call last\)"
@@ -88,5 +90,12 @@ def growth(samples: Sequence[Mapping[str, int]]) -> dict[str, float]:
 
 
 def errors_in(log: str) -> list[str]:
-    """The lines of a server's log that tell of an error."""
-    return [line for line in log.splitlines() if _ERROR.search(line)]
+    """The lines of a server's log that tell of an error.
+
+    But for vLLM's own at its orderly end: its front may find its engine gone before it looks for
+    the reason, and then calls that an error.
+    """
+    running, _, ending = log.partition(_ENDS)
+    told = [line for line in running.splitlines() if _ERROR.search(line)]
+    later = [line for line in ending.splitlines() if _ERROR.search(line)]
+    return told + [line for line in later if _ITS_OWN not in line]

@@ -249,3 +249,14 @@ def test_a_small_processs_growth_is_judged_with_all_others_only(plan: Plan) -> N
         last_memory={"engine": 900 * MIB, "other": 9 * MIB},
     )
     assert verdict(plan, small).trouble == []
+
+
+GONE = "(APIServer pid=1) ERROR 11-26 20:06:26 [async_llm.py:906] AsyncLLM output_handler failed."
+ENDS = "(APIServer pid=1) INFO [launcher.py:254] [shutdown] API server: shutdown triggered"
+
+
+def test_a_front_that_finds_its_engine_gone_at_the_end_is_no_error() -> None:
+    assert errors_in(f"a line\n{ENDS}\n{GONE}\n") == []
+    assert errors_in(f"{GONE}\n{ENDS}\n") == [GONE]
+    ours = "(EngineCore pid=2) ERROR 11-26 20:06:23 [connector.py:110] kvmem: shutdown failed"
+    assert errors_in(f"{ENDS}\n{GONE}\n{ours}\n") == [ours]
