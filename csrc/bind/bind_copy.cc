@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/copy_arrays.h"
 #include "copy/slot_copier.h"
 #include "copy/slot_scrub.h"
 
@@ -21,23 +22,8 @@ namespace {
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
-template <class T>
-using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using NewVector = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
-using Buffer = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Blocks = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstBlocks = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-// An owned array of n zeros.
-template <class T>
-NewVector<T> Zeros(size_t n) {
-  auto values = std::make_unique<T[]>(n);
-  T* data = values.get();
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  static_cast<void>(values.release());
-  return NewVector<T>(data, {n}, owner);
-}
 
 CpuPath ChoosePath(const std::string& name) {
   if (name == "auto") return DetectCpu();
@@ -47,16 +33,6 @@ CpuPath ChoosePath(const std::string& name) {
     throw nb::value_error(("this CPU has no " + name + "; use cpu_path='auto'").c_str());
   }
   return *path;
-}
-
-void Require(bool holds, const char* message) {
-  if (!holds) throw nb::value_error(message);
-}
-
-// Two copies into one place at a time would leave a mixture there, and each would call it whole.
-void RequireDistinct(std::vector<int32_t> ids, const char* message) {
-  std::sort(ids.begin(), ids.end());
-  Require(std::adjacent_find(ids.begin(), ids.end()) == ids.end(), message);
 }
 
 // Looks at slots of an arena, all shares of each; keeps its mapping alive.
@@ -128,16 +104,8 @@ class PySlotCopier {
 
   void RegisterLayers(Vector<uint64_t> base, Vector<uint64_t> stride, Vector<uint64_t> piece,
                       int64_t n_blocks, size_t group) {
-    Require(group < SlotCopier::kMaxGroups, "group must be 0 to 63");
+    std::vector<Layer> layers = LayersOf(base, stride, piece, n_blocks, group);
     Require(!copier_->registered(group), "layers of this group are registered already");
-    Require(base.size() > 0 && base.size() == stride.size() && base.size() == piece.size(),
-            "base, stride and piece must have the same length, at least 1");
-    Require(n_blocks > 0, "n_blocks must be positive");
-    std::vector<Layer> layers;
-    for (size_t i = 0; i < base.size(); ++i) {
-      layers.push_back(
-          {reinterpret_cast<std::byte*>(base.data()[i]), stride.data()[i], piece.data()[i]});
-    }
     std::string error;
     if (!copier_->RegisterLayers(group, std::move(layers), static_cast<uint64_t>(n_blocks),
                                  &error)) {
@@ -186,32 +154,10 @@ class PySlotCopier {
   uint64_t slot_bytes() const { return copier_->table().slot_bytes(); }
 
  private:
-  // The caller's arrays as they were while the GIL was held: another thread may change them after.
-  struct OwnedRequest {
-    std::vector<int32_t> block_ids;
-    std::vector<int32_t> slots;
-    std::vector<uint64_t> generations;
-    nb::bytes keys;
-    size_t group;
-
-    CopyRequest View() const {
-      return {group,        block_ids.size(),   block_ids.data(),
-              slots.data(), generations.data(), reinterpret_cast<const std::byte*>(keys.c_str())};
-    }
-  };
-
   OwnedRequest Own(const Vector<int32_t>& block_ids, const Vector<int32_t>& slots,
                    const Vector<uint64_t>& generations, const nb::bytes& keys, size_t group) const {
     Require(copier_->registered(group), "register_layers() comes before store() and load()");
-    const size_t n = block_ids.size();
-    Require(slots.size() == n && generations.size() == n,
-            "block_ids, slots and generations must have the same length");
-    Require(keys.size() == n * kKeyBytes, "keys must hold 32 bytes for each block");
-    return {{block_ids.data(), block_ids.data() + n},
-            {slots.data(), slots.data() + n},
-            {generations.data(), generations.data() + n},
-            keys,
-            group};
+    return {block_ids, slots, generations, keys, group};
   }
 
   Buffer arena_;

@@ -24,10 +24,6 @@ struct SlotCopier::Job {
     return layer.base + static_cast<uint64_t>(request->block_ids[item]) * layer.stride;
   }
   uint64_t Slot(size_t item) const { return static_cast<uint64_t>(request->slots[item]); }
-  uint64_t Generation(size_t item) const { return request->generations[item]; }
-  Identity Block(size_t item) const {
-    return {static_cast<uint32_t>(request->group), group->bytes, request->keys + item * kKeyBytes};
-  }
 };
 
 SlotCopier::SlotCopier(SlotTable table, int threads, CpuPath path)
@@ -35,42 +31,22 @@ SlotCopier::SlotCopier(SlotTable table, int threads, CpuPath path)
 
 bool SlotCopier::RegisterLayers(size_t group, std::vector<Layer> layers, uint64_t n_blocks,
                                 std::string* error) {
-  uint64_t bytes = 0;
+  BlockLayout layout = LayoutOf(std::move(layers), n_blocks, table_.slot_bytes(), error);
+  if (layout.bytes == 0) return false;
   bool blocks_even = kernels_->copy_add != nullptr;
   bool aligned = true;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
-    uint64_t span;
-    const bool overflows =
-        __builtin_mul_overflow(n_blocks - 1, layer.stride, &span) ||
-        __builtin_add_overflow(span, layer.piece, &span) ||
-        __builtin_add_overflow(span, reinterpret_cast<uint64_t>(layer.base), &span) ||
-        __builtin_add_overflow(bytes, layer.piece, &bytes);
-    if (n_blocks == 0 || n_blocks > INT32_MAX || layer.base == nullptr || layer.piece == 0 ||
-        layer.piece > layer.stride || overflows) {
-      *error = "layer " + std::to_string(i) + ": " + std::to_string(n_blocks) + " blocks of " +
-               std::to_string(layer.piece) + " bytes, " + std::to_string(layer.stride) +
-               " apart, are no memory";
-      return false;
-    }
+  for (const Layer& layer : layout.layers) {
     blocks_even &= layer.piece % kXxh3Block == 0;
     aligned &= (reinterpret_cast<uint64_t>(layer.base) | layer.stride) % kSlotAlign == 0;
   }
-  if (bytes > table_.slot_bytes()) {
-    *error = "the layers' pieces make " + std::to_string(bytes) + " bytes, a slot has " +
-             std::to_string(table_.slot_bytes());
-    return false;
-  }
-  groups_[group] = {std::move(layers), n_blocks, bytes,
+  groups_[group] = {std::move(layout),
                     blocks_even,  // slots are aligned by the format
                     blocks_even && aligned};
   return true;
 }
 
-bool SlotCopier::InRange(const CopyRequest& request, size_t i) const {
-  return request.block_ids[i] >= 0 && request.slots[i] >= 0 &&
-         static_cast<uint64_t>(request.block_ids[i]) < groups_[request.group].n_blocks &&
-         static_cast<uint64_t>(request.slots[i]) < table_.n_slots();
+CopyItem SlotCopier::Item(const Job& job, size_t i) const {
+  return {table_, *job.request, job.group->layout, i};
 }
 
 void SlotCopier::Run(const Job& job, size_t n,
@@ -109,17 +85,8 @@ void SlotCopier::StoreSome(const Job& job, size_t first, size_t count) {
   std::array<size_t, kMaxLanes> items;
   int n_items = 0;
   for (size_t i = first; i < first + count; ++i) {
-    job.checksums[i] = 0;
-    if (!InRange(*job.request, i)) {  // S1
-      job.status[i] = CopyStatus::kRange;
-    } else if (table_.Claim(job.Slot(i), job.Generation(i))) {
+    if (Item(job, i).BeginStore(&job.status[i], &job.checksums[i])) {
       items[static_cast<size_t>(n_items++)] = i;
-    } else if (table_.IsComplete(job.Slot(i), job.Generation(i)) &&
-               table_.HasIdentity(job.Slot(i), job.Block(i))) {
-      job.checksums[i] = table_.Descriptor(job.Slot(i)).checksum.load(std::memory_order_relaxed);
-      job.status[i] = CopyStatus::kOk;
-    } else {
-      job.status[i] = CopyStatus::kGeneration;
     }
   }
   if (n_items == 0) return;
@@ -131,10 +98,7 @@ void SlotCopier::StoreSome(const Job& job, size_t first, size_t count) {
   kernels_->fence();
   for (int k = 0; k < n_items; ++k) {
     const size_t i = items[static_cast<size_t>(k)];
-    const uint64_t digest = digests[static_cast<size_t>(k)];
-    const bool done = table_.Complete(job.Slot(i), job.Generation(i), job.Block(i), digest);
-    job.status[i] = done ? CopyStatus::kOk : CopyStatus::kGeneration;
-    job.checksums[i] = done ? digest : 0;
+    Item(job, i).EndStore(digests[static_cast<size_t>(k)], &job.status[i], &job.checksums[i]);
   }
 }
 
@@ -144,19 +108,11 @@ void SlotCopier::LoadSome(const Job& job, size_t first, size_t count) {
   std::array<uint64_t, kMaxLanes> digests;
   int n_items = 0;
   for (size_t i = first; i < first + count; ++i) {
-    if (!InRange(*job.request, i)) {  // S1
-      job.status[i] = CopyStatus::kRange;
-      continue;
-    }
-    const SlotDescriptor& d = table_.Descriptor(job.Slot(i));
-    if (table_.Generation(job.Slot(i)) != job.Generation(i)) {
-      job.status[i] = CopyStatus::kGeneration;
-    } else if (!table_.IsComplete(job.Slot(i), job.Generation(i)) ||
-               !table_.HasIdentity(job.Slot(i), job.Block(i))) {  // I1
-      job.status[i] = CopyStatus::kIdentity;
-    } else if (job.verify[i] != 0) {
-      recorded[static_cast<size_t>(n_items)] = d.checksum.load(std::memory_order_relaxed);
-      items[static_cast<size_t>(n_items++)] = i;
+    const auto lane = static_cast<size_t>(n_items);
+    if (!Item(job, i).BeginLoad(&job.status[i], &recorded[lane])) continue;
+    if (job.verify[i] != 0) {
+      items[lane] = i;
+      ++n_items;
     } else {
       CopyUnhashed(job, i);
       job.status[i] = CopyStatus::kOk;
@@ -170,12 +126,7 @@ void SlotCopier::LoadSome(const Job& job, size_t first, size_t count) {
   }
   // The reads above come before these; then the block's bytes before the caller's next step.
   kernels_->fence();
-  for (size_t i = first; i < first + count; ++i) {
-    const bool copied = job.status[i] == CopyStatus::kOk || job.status[i] == CopyStatus::kChecksum;
-    if (copied && !table_.IsComplete(job.Slot(i), job.Generation(i))) {
-      job.status[i] = CopyStatus::kGeneration;  // A2: reused underneath
-    }
-  }
+  for (size_t i = first; i < first + count; ++i) Item(job, i).EndLoad(&job.status[i]);
 }
 
 void SlotCopier::CopyHashed(const Job& job, Direction direction, const size_t* items, int n_items,
@@ -192,12 +143,12 @@ void SlotCopier::CopyInStep(const Job& job, Direction direction, const size_t* i
                             uint64_t* digests) {
   const bool to_arena = direction == Direction::kToArena;
   const auto n_lanes = static_cast<size_t>(n_items);
-  const uint64_t block_bytes = job.group->bytes;
+  const uint64_t block_bytes = job.group->layout.bytes;
   std::array<Xxh3Stream, kMaxLanes> hashes = {Xxh3Stream(block_bytes), Xxh3Stream(block_bytes),
                                               Xxh3Stream(block_bytes), Xxh3Stream(block_bytes)};
   std::array<CopyLane, kMaxLanes> lanes;
   uint64_t offset = 0;
-  for (const Layer& layer : job.group->layers) {
+  for (const Layer& layer : job.group->layout.layers) {
     // The hash's last block is not like the others: it goes through a private buffer.
     const bool last_layer = offset + layer.piece == block_bytes;
     const size_t bytes = layer.piece - (last_layer ? kXxh3Block : 0);
@@ -223,9 +174,9 @@ void SlotCopier::CopyInStep(const Job& job, Direction direction, const size_t* i
 uint64_t SlotCopier::CopyStaged(const Job& job, Direction direction, size_t item) {
   const bool to_arena = direction == Direction::kToArena;
   alignas(64) std::byte stage[kStageBytes];
-  Xxh3Stream hash(job.group->bytes);
+  Xxh3Stream hash(job.group->layout.bytes);
   std::byte* slot = table_.Data(job.Slot(item));
-  for (const Layer& layer : job.group->layers) {
+  for (const Layer& layer : job.group->layout.layers) {
     std::byte* const device = job.Device(layer, item);
     for (uint64_t at = 0; at < layer.piece; at += kStageBytes) {
       const size_t step = std::min<uint64_t>(kStageBytes, layer.piece - at);
@@ -240,7 +191,7 @@ uint64_t SlotCopier::CopyStaged(const Job& job, Direction direction, size_t item
 
 void SlotCopier::CopyUnhashed(const Job& job, size_t item) {
   const std::byte* slot = table_.Data(job.Slot(item));
-  for (const Layer& layer : job.group->layers) {
+  for (const Layer& layer : job.group->layout.layers) {
     kernels_->copy(job.Device(layer, item), slot, layer.piece);
     slot += layer.piece;
   }

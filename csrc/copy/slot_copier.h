@@ -26,36 +26,12 @@
 #include <string>
 #include <vector>
 
+#include "copy/copy_request.h"
 #include "copy/cpu/kernels.h"
 #include "copy/slot_table.h"
 #include "support/thread_pool.h"
 
 namespace kvmem {
-
-enum class CopyStatus : uint8_t {
-  kOk = 0,
-  kIdentity = 1,    // the slot holds another block, or is not complete
-  kGeneration = 2,  // the slot has moved on, before or during the copy
-  kChecksum = 3,    // the bytes are not the ones stored
-  kRange = 4,       // no such block or slot
-};
-
-// One piece of every block: a layer of the device cache, or one of a layer's states.
-struct Layer {
-  std::byte* base;
-  uint64_t stride;  // bytes from a block to the next
-  uint64_t piece;   // bytes of a block in this layer
-};
-
-// What to copy; every array has n entries, keys 32 * n bytes. Owned by the caller.
-struct CopyRequest {
-  size_t group;
-  size_t n;
-  const int32_t* block_ids;
-  const int32_t* slots;
-  const uint64_t* generations;
-  const std::byte* keys;
-};
 
 class SlotCopier {
  public:
@@ -66,8 +42,7 @@ class SlotCopier {
   // ENSURES: on false nothing has changed. REQUIRES: !registered(group), group < kMaxGroups.
   bool RegisterLayers(size_t group, std::vector<Layer> layers, uint64_t n_blocks,
                       std::string* error);
-  bool registered(size_t group) const { return group < kMaxGroups && groups_[group].bytes > 0; }
-  static constexpr size_t kMaxGroups = 64;
+  bool registered(size_t group) const { return group < kMaxGroups && groups_[group].layout.bytes > 0; }
 
   // Device to arena. kGeneration: the slot already has this generation or a later one (unless it
   // holds the very same block complete: then kOk and its checksum, and nothing is copied).
@@ -86,15 +61,13 @@ class SlotCopier {
  private:
   struct Job;
   struct Group {
-    std::vector<Layer> layers;
-    uint64_t n_blocks = 0;
-    uint64_t bytes = 0;  // of a block; 0 until it is registered
+    BlockLayout layout;
     bool in_step_to_arena = false;
     bool in_step_to_device = false;
   };
   enum class Direction { kToArena, kToDevice };
 
-  bool InRange(const CopyRequest& request, size_t i) const;
+  CopyItem Item(const Job& job, size_t i) const;
   void StoreSome(const Job& job, size_t first, size_t count);
   void LoadSome(const Job& job, size_t first, size_t count);
   void Run(const Job& job, size_t n, void (SlotCopier::*some)(const Job&, size_t, size_t));

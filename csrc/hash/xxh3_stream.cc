@@ -18,6 +18,12 @@ Xxh3Consume Consume() {
 
 }  // namespace
 
+void Xxh3Begin(uint64_t acc[8]) { internal::Xxh3Start(acc); }
+
+uint64_t Xxh3DigestOf(const uint64_t acc[8], uint64_t n_bytes) {
+  return internal::Xxh3Finish(acc, n_bytes);
+}
+
 Xxh3Stream::Xxh3Stream(uint64_t total_bytes) : total_(total_bytes) { internal::Xxh3Start(acc_); }
 
 void Xxh3Stream::AddBlocks(const unsigned char* blocks, size_t n) {

@@ -21,6 +21,11 @@ inline constexpr size_t kXxh3ScrambleOffset = kXxh3SecretBytes - kXxh3Stripe;
 inline constexpr uint32_t kXxh3Prime32 = 0x9E3779B1U;
 extern const unsigned char kXxh3Secret[kXxh3SecretBytes];
 
+// For hashes whose adding is done elsewhere, of more than 240 bytes: the accumulators before the
+// first stripe, and the digest of n_bytes once the last is added.
+void Xxh3Begin(uint64_t acc[8]);
+uint64_t Xxh3DigestOf(const uint64_t acc[8], uint64_t n_bytes);
+
 class Xxh3Stream {
  public:
   explicit Xxh3Stream(uint64_t total_bytes);

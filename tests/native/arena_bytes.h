@@ -24,6 +24,9 @@ class TestArena {
   ArenaHeader* header() { return reinterpret_cast<ArenaHeader*>(base()); }
   void Seal() { header()->checksum = Xxh3_64(header(), offsetof(ArenaHeader, checksum)); }
 
+  std::byte* header_bytes() { return base(); }
+  size_t bytes() const { return bytes_; }
+
   bool Opens(std::string* error, uint32_t rank = 0) {
     return SlotTable::Open(base(), bytes_, rank, error).has_value();
   }

@@ -139,10 +139,11 @@ class _View:
         return self._tensor[block * self._each : (block + 1) * self._each]
 
     def read(self, block: int) -> torch.Tensor:
-        """A copy of the block's bytes."""
+        """A copy of the block's bytes, in the host's memory."""
         import torch
 
-        return self._rows(block).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        rows = self._rows(block).clone(memory_format=torch.contiguous_format)
+        return rows.view(torch.uint8).cpu()
 
     def write(self, block: int, data: torch.Tensor) -> None:
         rows = self._rows(block)
