@@ -5,7 +5,7 @@
 #
 #   benchmarks/gpu.sh [--short] [MODEL]
 #
-# MODEL: a folder or GGUF of a model for the transformers engine, else a random one is made.
+# MODEL: a checkpoint's folder, or SmolLM2's GGUF, for bench_transformers; without it that is left out.
 # PY: a Python that has torch with CUDA, numpy, nanobind>=3 with nanobind-backend,
 # scikit-build-core, msgspec, xxhash, pytest, hypothesis, transformers; nvcc on the PATH.
 set -euo pipefail
@@ -74,6 +74,19 @@ say "tests"
 say "bench_gpu_copy"
 "$PY" -P -m benchmarks.bench_gpu_copy "${SHORT[@]}" 2>&1 | tee "$OUT/bench_gpu_copy.log" \
   || failed+=("bench_gpu_copy")
+
+if [ -n "$MODEL" ]; then
+  say "bench_transformers"
+  if [ -f "$MODEL" ]; then
+    mkdir -p build/gpu/model
+    "$PY" -P -m kvmem.engines.smollm2 "$MODEL" build/gpu/model
+    MODEL=build/gpu/model
+  fi
+  "$PY" -P -m benchmarks.bench_transformers --device cuda --model "$MODEL" "${SHORT[@]}" 2>&1 \
+    | tee "$OUT/bench_transformers.log" || failed+=("bench_transformers")
+else
+  echo "no MODEL was given: bench_transformers was not run"
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'gpu.sh: failed: %s\n' "${failed[*]}"

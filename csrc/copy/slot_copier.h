@@ -42,7 +42,9 @@ class SlotCopier {
   // ENSURES: on false nothing has changed. REQUIRES: !registered(group), group < kMaxGroups.
   bool RegisterLayers(size_t group, std::vector<Layer> layers, uint64_t n_blocks,
                       std::string* error);
-  bool registered(size_t group) const { return group < kMaxGroups && groups_[group].layout.bytes > 0; }
+  bool registered(size_t group) const {
+    return group < kMaxGroups && groups_[group].layout.bytes > 0;
+  }
 
   // Device to arena. kGeneration: the slot already has this generation or a later one (unless it
   // holds the very same block complete: then kOk and its checksum, and nothing is copied).

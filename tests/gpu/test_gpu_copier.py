@@ -278,7 +278,7 @@ def test_host_memory_and_other_devices_are_refused() -> None:
 
 
 def test_the_proof_at_start_holds_for_each_layout() -> None:
-    from kvmem.engines.vllm.proof import N_SLOTS, prove
+    from kvmem.engines.proving import N_SLOTS, prove
 
     for name, n, tensors in layouts():
         if "apart" in name:

@@ -11,7 +11,8 @@ import torch
 
 from kvmem import events
 from kvmem._core import SlotCopier
-from kvmem.engines.vllm.proof import N_SLOTS, PATIENCE_S, ProofDone, Proofs, prove
+from kvmem.engines.proving import N_SLOTS, prove
+from kvmem.engines.vllm.proof import PATIENCE_S, ProofDone, Proofs
 from kvmem.store.disk_proof import prove as prove_disk
 from kvmem.store.scratch import Scratch
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from kvmem.config import Config
+from kvmem.engines.copiers import Regions
 from kvmem.engines.vllm.geometry import Geometry, Group
 from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Load, LoadPart
 from kvmem.engines.vllm.worker import (
     WorkerHalf,
     _all_cores,
-    _Device,
     _engine_cores,
     _pieces,
 )
@@ -102,7 +102,9 @@ def worker_half(**settings: Any) -> WorkerHalf:
     half._closing = threading.Event()
     tensor = torch.zeros(2, BYTES, dtype=torch.uint8)
     half._tensors = [tensor]
-    half._devices = [_Device([tensor.data_ptr()], [BYTES], [BYTES])]
+    regions = Regions()
+    regions.add(tensor.data_ptr(), BYTES, BYTES)
+    half._devices, half._on = [regions], tensor.device
     half.rank = 0
     return half
 

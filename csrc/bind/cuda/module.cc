@@ -47,8 +47,8 @@ class PyGpuCopier {
     if (!table) throw nb::value_error(error.c_str());
     {
       nb::gil_scoped_release release;  // pinning takes a second for some gigabytes
-      copier_ = GpuCopier::Make(*table, base, arena_.size(), device, static_cast<unsigned>(grid),
-                                &error);
+      copier_ =
+          GpuCopier::Make(*table, base, arena_.size(), device, static_cast<unsigned>(grid), &error);
     }
     if (copier_ == nullptr) throw std::runtime_error(error);
   }

@@ -8,17 +8,19 @@
 
 namespace kvmem {
 
-// One call: which items are to be copied, and what is known of each.
+// One call.
 struct GpuCopier::Job {
   const CopyRequest& request;
   const Group& group;
   CopyWay way;
   cudaStream_t after;
-  bool hashed;
+  bool compared;  // a load's blocks with what was recorded
   CopyStatus* status;
-  uint64_t* checksums;              // a store's, else null
-  std::vector<size_t> items;        // of the request, to be copied
-  std::vector<uint64_t> recorded;   // a load's: by item of the request
+  uint64_t* checksums;  // a store's, by item; a load's recorded ones
+
+  bool stores() const { return way == CopyWay::kToHost; }
+  // On the device; layouts that it can't hash are hashed in the slot.
+  bool hashed() const { return (stores() || compared) && group.on_device.even(); }
 };
 
 std::unique_ptr<GpuCopier> GpuCopier::Make(SlotTable table, std::byte* arena, size_t arena_bytes,
@@ -78,70 +80,77 @@ HostRows GpuCopier::Slots() const {
 void GpuCopier::Store(const CopyRequest& request, cudaStream_t after, CopyStatus* status,
                       uint64_t* checksums) {
   const std::lock_guard lock(lock_);
-  const Group& group = *groups_[request.group];
-  Job job{request, group, CopyWay::kToHost, after, group.on_device.even(),
-          status,  checksums, {},           {}};
-  for (size_t i = 0; i < request.n; ++i) {
-    const CopyItem item{table_, request, group.blocks, i};
-    if (item.BeginStore(&status[i], &checksums[i])) job.items.push_back(i);
-  }
-  Run(job);
+  Run({request, *groups_[request.group], CopyWay::kToHost, after, false, status, checksums});
 }
 
 void GpuCopier::Load(const CopyRequest& request, const uint8_t* verify, cudaStream_t after,
                      CopyStatus* status) {
   const std::lock_guard lock(lock_);
-  const Group& group = *groups_[request.group];
   const bool compared = std::any_of(verify, verify + request.n, [](uint8_t v) { return v != 0; });
-  const bool on_device = compared && group.on_device.even();
-  Job job{request, group,   CopyWay::kToDevice, after, on_device,
-          status,  nullptr, {},                 std::vector<uint64_t>(request.n)};
-  for (size_t i = 0; i < request.n; ++i) {
-    const CopyItem item{table_, request, group.blocks, i};
-    if (!item.BeginLoad(&status[i], &job.recorded[i])) continue;
-    if (compared && !on_device &&
-        Xxh3_64(table_.Data(item.slot()), group.blocks.bytes) != job.recorded[i]) {
-      status[i] = CopyStatus::kChecksum;
-      item.EndLoad(&status[i]);
-      continue;
+  std::vector<uint64_t> recorded(request.n);
+  Run({request, *groups_[request.group], CopyWay::kToDevice, after, compared, status,
+       recorded.data()});
+}
+
+std::vector<size_t> GpuCopier::Take(const Job& job, size_t n, size_t* next) {
+  std::vector<size_t> items;
+  for (; *next < job.request.n && items.size() < n; ++*next) {
+    const size_t i = *next;
+    const CopyItem item{table_, job.request, job.group.blocks, i};
+    if (job.stores()) {
+      if (!item.BeginStore(&job.status[i], &job.checksums[i])) continue;
+    } else {
+      if (!item.BeginLoad(&job.status[i], &job.checksums[i])) continue;
+      if (job.compared && !job.hashed() &&
+          Xxh3_64(table_.Data(item.slot()), job.group.blocks.bytes) != job.checksums[i]) {
+        job.status[i] = CopyStatus::kChecksum;
+        item.EndLoad(&job.status[i]);
+        continue;
+      }
     }
-    job.items.push_back(i);
+    job.status[i] = CopyStatus::kDevice;  // until its batch is known to be whole
+    items.push_back(i);
   }
-  Run(job);
+  return items;
 }
 
 void GpuCopier::Run(const Job& job) {
-  if (job.items.empty()) return;
   CudaResult result;
   const DeviceGuard guard(device_, &result);
-  const auto way = static_cast<size_t>(job.way);
-  const CopyMethod method = job.group.methods[way];
+  const CopyMethod method = job.group.methods[static_cast<size_t>(job.way)];
   const size_t at_a_time = Transfer::ItemsOf(job.group.blocks.bytes);
-  // Until a batch is known to be whole.
-  for (const size_t i : job.items) job.status[i] = CopyStatus::kDevice;
+  // Of items that no batch came to: the device failed before.
+  std::fill_n(job.status, job.request.n, CopyStatus::kDevice);
+  if (job.stores()) std::fill_n(job.checksums, job.request.n, 0);
   std::array<std::vector<size_t>, Transfer::kBatches> in_flight;
-  if (result.ok()) transfer_->Begin(job.after, &result);
+  std::vector<int32_t> block_ids;
+  std::vector<int32_t> slots;
   size_t batch = 0;
-  for (size_t first = 0; first < job.items.size() && result.ok(); first += at_a_time) {
+  bool begun = false;
+  for (size_t next = 0; next < job.request.n && result.ok();) {
     std::vector<size_t>& its = in_flight[batch];
     if (!its.empty()) Finish(job, batch, its, &result);
-    const size_t n = std::min(at_a_time, job.items.size() - first);
-    its.assign(job.items.begin() + static_cast<std::ptrdiff_t>(first),
-               job.items.begin() + static_cast<std::ptrdiff_t>(first + n));
-    std::vector<int32_t> block_ids;
-    std::vector<int32_t> slots;
+    its.clear();
+    if (!result.ok()) break;
+    its = Take(job, at_a_time, &next);
+    if (its.empty()) break;
+    block_ids.clear();
+    slots.clear();
     for (const size_t i : its) {
       block_ids.push_back(job.request.block_ids[i]);
       slots.push_back(job.request.slots[i]);
     }
+    if (!begun) transfer_->Begin(job.after, &result);
+    begun = true;
     if (result.ok()) {
       transfer_->Enqueue(batch, job.group.on_device, method, job.way, Slots(), block_ids.data(),
-                         slots.data(), n, job.hashed, &result);
+                         slots.data(), its.size(), job.hashed(), &result);
     }
     batch = (batch + 1) % Transfer::kBatches;
   }
   for (size_t i = 0; i < Transfer::kBatches && result.ok(); ++i) {
     if (!in_flight[batch].empty()) Finish(job, batch, in_flight[batch], &result);
+    in_flight[batch].clear();
     batch = (batch + 1) % Transfer::kBatches;
   }
   if (result.ok()) return;
@@ -159,15 +168,15 @@ void GpuCopier::Finish(const Job& job, size_t batch, const std::vector<size_t>& 
     const size_t i = items[k];
     const CopyItem item{table_, job.request, job.group.blocks, i};
     uint64_t digest = 0;
-    if (job.hashed) {
+    if (job.hashed()) {
       digest = Xxh3DigestOf(accumulators + 8 * k, n_bytes);
-    } else if (job.checksums != nullptr) {
+    } else if (job.stores()) {
       digest = Xxh3_64(table_.Data(item.slot()), n_bytes);
     }
-    if (job.checksums != nullptr) {
+    if (job.stores()) {
       item.EndStore(digest, &job.status[i], &job.checksums[i]);
     } else {
-      const bool same = !job.hashed || digest == job.recorded[i];
+      const bool same = !job.hashed() || digest == job.checksums[i];
       job.status[i] = same ? CopyStatus::kOk : CopyStatus::kChecksum;
       item.EndLoad(&job.status[i]);
     }

@@ -82,6 +82,9 @@ class GpuCopier {
   GpuCopier(SlotTable table, int device) : table_(table), device_(device) {}
 
   void Run(const Job& job);
+  // Items from *next on that are to be copied, at most n; *next is the first that was not looked
+  // at.
+  std::vector<size_t> Take(const Job& job, size_t n, size_t* next);
   void Finish(const Job& job, size_t batch, const std::vector<size_t>& items, CudaResult* result);
   bool Measured(const Group& group, double seconds[2][3], CudaResult* result);
   HostRows Slots() const;

@@ -5,6 +5,7 @@ namespace kvmem {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr unsigned kSumThreads = 64;  // few, with many registers each
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kEveryLane = 0xffffffffU;
 constexpr uint64_t kPrime32 = kXxh3Prime32;
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t item = unit / batch.n_steps;
     const uint32_t step = unit - item * batch.n_steps;
     const StepAddress at = batch.steps[step];
-    auto* const block =
-        reinterpret_cast<uint4*>(at.base + static_cast<uint64_t>(batch.block_ids[item]) * at.stride);
+    auto* const block = reinterpret_cast<uint4*>(
+        at.base + static_cast<uint64_t>(batch.block_ids[item]) * at.stride);
     uint4* row = nullptr;
     if constexpr (kMove != Move::kHash) {
       const uint64_t index =
@@ -115,23 +116,42 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr uint32_t kAhead = 24;
+
+// The sums of chunks [chunk, chunk + kAhead) of one accumulator, as far as there are any.
+__device__ void Fetch(const uint64_t* its, uint32_t chunk, uint32_t n_chunks,
+                      uint64_t (&values)[kAhead]) {
+#pragma unroll
+  for (uint32_t k = 0; k < kAhead; ++k) {
+    if (chunk + k < n_chunks) values[k] = __ldcg(its + static_cast<uint64_t>(chunk + k) * 8);
+  }
+}
+
 // A thread has one accumulator of one item.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     SumUp(const uint64_t* sums, uint32_t n_items, uint32_t n_chunks, uint64_t* accumulators,
           const __grid_constant__ Start start, const __grid_constant__ Secret secret) {
-  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t thread = blockIdx.x * kSumThreads + threadIdx.x;
   const uint32_t item = thread / 8;
   const uint32_t i = thread % 8;
   if (item >= n_items) return;
   const uint64_t key = SecretAt(secret, kXxh3ScrambleOffset + 8 * i);
   const uint64_t* const its = sums + static_cast<uint64_t>(item) * n_chunks * 8 + i;
+  // The chain is serial and short; what it adds is fetched while the chunks before go through it.
+  uint64_t now[kAhead];
+  uint64_t next[kAhead];
+  Fetch(its, 0, n_chunks, now);
   uint64_t acc = start.acc[i];
-#pragma unroll 8
-  for (uint32_t chunk = 0; chunk + 1 < n_chunks; ++chunk) {
-    acc += its[static_cast<uint64_t>(chunk) * 8];
-    acc = (acc ^ (acc >> 47) ^ key) * kPrime32;
+  for (uint32_t chunk = 0; chunk < n_chunks; chunk += kAhead) {
+    Fetch(its, chunk + kAhead, n_chunks, next);
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) {
+      if (chunk + k < n_chunks) acc += now[k];
+      if (chunk + k + 1 < n_chunks) acc = (acc ^ (acc >> 47) ^ key) * kPrime32;
+      now[k] = next[k];
+    }
   }
-  accumulators[item * 8 + i] = acc + its[static_cast<uint64_t>(n_chunks - 1) * 8];
+  accumulators[item * 8 + i] = acc;
 }
 
 Secret TheSecret() {
@@ -175,8 +195,8 @@ cudaError_t LaunchSumUp(const uint64_t* sums, uint32_t n_items, uint32_t n_chunk
   Xxh3Begin(start.acc);
   Secret secret = TheSecret();
   void* arguments[] = {&sums, &n_items, &n_chunks, &accumulators, &start, &secret};
-  const unsigned grid = (n_items * 8 + kThreads - 1) / kThreads;
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&SumUp), dim3(grid), dim3(kThreads),
+  const unsigned grid = (n_items * 8 + kSumThreads - 1) / kSumThreads;
+  return cudaLaunchKernel(reinterpret_cast<const void*>(&SumUp), dim3(grid), dim3(kSumThreads),
                           arguments, 0, stream);
 }
 

@@ -151,16 +151,13 @@ void Transfer::Enqueue(size_t batch, const DeviceLayout& layout, CopyMethod meth
     std::copy_n(block_ids, n, host_ids);
     std::copy_n(row_ids, n, host_ids + kBatchItems);
     const size_t n_bytes = (kBatchItems + n) * sizeof(int32_t);
-    if (!result->Ok(
-            cudaMemcpyAsync(ids, host_ids, n_bytes, cudaMemcpyHostToDevice, kernels_.get()),
-            "cudaMemcpyAsync")) {
+    if (!result->Ok(cudaMemcpyAsync(ids, host_ids, n_bytes, cudaMemcpyHostToDevice, kernels_.get()),
+                    "cudaMemcpyAsync")) {
       return;
     }
   }
   auto* const sums = hashed ? static_cast<uint64_t*>(its.sums.get()) : nullptr;
-  const Work work{layout,  method,    way, rows,
-                  block_ids, row_ids, n,   ids,
-                  ids + kBatchItems, sums};
+  const Work work{layout, method, way, rows, block_ids, row_ids, n, ids, ids + kBatchItems, sums};
   switch (method) {
     case CopyMethod::kDma:
       EnqueueDma(work, result);
@@ -185,23 +182,34 @@ void Transfer::Enqueue(size_t batch, const DeviceLayout& layout, CopyMethod meth
 }
 
 void Transfer::EnqueueDma(const Work& work, CudaResult* result) {
+  const bool hashed = work.sums != nullptr;
+  // A store's blocks are hashed while they are copied; a load's as they arrive, some at a time.
+  const bool by_chunks = hashed && work.way == CopyWay::kToDevice;
+  const size_t at_a_time =
+      by_chunks ? static_cast<size_t>(chunk_bytes_ / work.block_bytes()) : work.n;
+  const auto hash = [&](size_t first, size_t count) {
+    result->Ok(LaunchMove(Move::kHash, work.Some(first, count, nullptr), grid_, kernels_.get()),
+               "cudaLaunchKernel");
+  };
+  if (hashed && !by_chunks) hash(0, work.n);
   std::vector<CopyRun> runs;
-  runs.reserve(work.n * work.layout.blocks->layers.size());
-  for (size_t i = 0; i < work.n; ++i) {
-    std::byte* row = work.Row(i);
-    for (const Layer& layer : work.layout.blocks->layers) {
-      std::byte* const block = layer.base + static_cast<uint64_t>(work.block_ids[i]) * layer.stride;
-      AppendRun({block, row, layer.piece}, &runs);
-      row += layer.piece;
+  for (size_t first = 0; first < work.n && result->ok(); first += at_a_time) {
+    const size_t count = std::min(at_a_time, work.n - first);
+    runs.clear();
+    for (size_t i = first; i < first + count; ++i) {
+      std::byte* row = work.Row(i);
+      for (const Layer& layer : work.layout.blocks->layers) {
+        AppendRun({layer.base + static_cast<uint64_t>(work.block_ids[i]) * layer.stride, row,
+                   layer.piece},
+                  &runs);
+        row += layer.piece;
+      }
     }
+    CopyRuns(work.way, runs, result);
+    if (!by_chunks || !result->ok()) continue;
+    Order(copies_.get(), copied_, kernels_.get(), result);
+    if (result->ok()) hash(first, count);
   }
-  CopyRuns(work.way, runs, result);
-  if (!result->ok() || work.sums == nullptr) return;
-  // A store's blocks are hashed while they are copied, a load's when they are there.
-  if (work.way == CopyWay::kToDevice) Order(copies_.get(), copied_, kernels_.get(), result);
-  if (!result->ok()) return;
-  result->Ok(LaunchMove(Move::kHash, work.Some(0, work.n, nullptr), grid_, kernels_.get()),
-             "cudaLaunchKernel");
 }
 
 void Transfer::EnqueueStaged(const Work& work, CudaResult* result) {
@@ -251,9 +259,9 @@ void Transfer::CopyRuns(CopyWay way, const std::vector<CopyRun>& runs, CudaResul
   attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
   size_t from_first = 0;
 #if CUDART_VERSION >= 13000
-  const cudaError_t error = cudaMemcpyBatchAsync(
-      to.data(), const_cast<const void**>(from.data()), bytes.data(), bytes.size(), &attributes,
-      &from_first, 1, copies_.get());
+  const cudaError_t error =
+      cudaMemcpyBatchAsync(to.data(), const_cast<const void**>(from.data()), bytes.data(),
+                           bytes.size(), &attributes, &from_first, 1, copies_.get());
 #else
   size_t failed = 0;
   const cudaError_t error =

@@ -43,8 +43,8 @@ enum class CopyWay : uint8_t { kToHost = 0, kToDevice = 1 };
 // A group's layout and where its steps lie, in device memory.
 struct DeviceLayout {
   const BlockLayout* blocks = nullptr;
-  DeviceBytes steps;      // StepAddress[n_steps]; none where pieces are no multiples of 1,024 bytes
-  uint32_t n_steps = 0;   // or not aligned: then only kDma moves them, and nothing is hashed here
+  DeviceBytes steps;     // StepAddress[n_steps]; none where pieces are no multiples of 1,024 bytes
+  uint32_t n_steps = 0;  // or not aligned: then only kDma moves them, and nothing is hashed here
   uint32_t step_kib = 0;
 
   bool even() const { return n_steps > 0; }

@@ -31,7 +31,7 @@ from kvmem.types import GroupShape
 if TYPE_CHECKING:
     import torch
 
-    from kvmem._core import SlotCopier
+    from kvmem.engines.copiers import Copier
     from kvmem.store.arena import Arena
 
 __all__ = ["NEAR", "Comparer", "Shadows", "distance"]
@@ -175,7 +175,7 @@ class Comparer:
     def __init__(
         self,
         scratch: Scratch,
-        copier: SlotCopier,
+        copier: Copier,
         rank: int,
         piece_bytes: Sequence[Sequence[int]],
         items: Sequence[torch.dtype],

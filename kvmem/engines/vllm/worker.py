@@ -14,18 +14,18 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmem._core import SlotCopier
 from kvmem.config import Config
+from kvmem.engines.copiers import Copier, Regions, copier_for
+from kvmem.engines.proving import N_SLOTS, prove
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.adapters import Loads
 from kvmem.engines.vllm.geometry import geometry_of
-from kvmem.engines.vllm.proof import N_SLOTS, ProofDone, prove
+from kvmem.engines.vllm.proof import ProofDone
 from kvmem.engines.vllm.shadow import AT_A_TIME, Comparer
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
@@ -53,16 +53,6 @@ NOT_COPIED = 255  # status of a block that the copier was never asked for
 IDLE_WAIT_S = 0.02
 
 
-@dataclass(slots=True)
-class _Device:
-    """Where the engine keeps a group's KV: base address, bytes between blocks, bytes of a block of
-    each layer, or of each state of a layer."""
-
-    bases: list[int] = field(default_factory=list)
-    strides: list[int] = field(default_factory=list)
-    pieces: list[int] = field(default_factory=list)
-
-
 class WorkerHalf:
     """See the module. One thread calls it, the worker's; loads run on one more."""
 
@@ -77,13 +67,13 @@ class WorkerHalf:
         self._items: list[torch.dtype] = []
         self._comparer: Comparer | None = None
         self._proof = "no device blocks were registered"
-        self._devices: list[_Device] = []
+        self._devices: list[Regions] = []
         self._tensors: list[torch.Tensor | Sequence[torch.Tensor]] = []
         self._arena: Arena | None = None
         # One for each direction: a load that is under way must not take a store's threads, since
         # the engine's step waits for stores.
-        self._loader: SlotCopier | None = None
-        self._storer: SlotCopier | None = None
+        self._loader: Copier | None = None
+        self._storer: Copier | None = None
         self._asked = 0
         self._ask_again = 1
         self._begun = 0
@@ -115,20 +105,19 @@ class WorkerHalf:
         devices = []
         tensors_of: list[list[torch.Tensor]] = []
         for group in self.geometry.groups:
-            device = _Device()
+            device = Regions()
             tensors_of.append([])
             for name, n_bytes in zip(group.layers, group.pages, strict=True):
                 tensors = kv_caches[name]
                 found = _pieces(name, tensors, n_bytes, self.geometry.n_device_blocks)
                 for base, stride, piece in found:
-                    device.bases.append(base)
-                    device.strides.append(stride)
-                    device.pieces.append(piece)
+                    device.add(base, stride, piece)
                 self._tensors.append(tensors)
                 tensors_of[-1] += tensors if isinstance(tensors, Sequence) else [tensors]
             devices.append(device)
         self._devices = devices
         self._items = [tensors[0].dtype for tensors in tensors_of]
+        self._on = tensors_of[0][0].device
         self._proof = self._prove(tensors_of)
 
     def _prove(self, tensors_of: list[list[torch.Tensor]]) -> str:
@@ -188,7 +177,7 @@ class WorkerHalf:
             status = copier.load(
                 part.block_ids, part.slots, part.generations, part.keys, part.verify, part.group
             )
-            n_bytes += int((status == 0).sum()) * sum(self._devices[part.group].pieces)
+            n_bytes += int((status == 0).sum()) * self._devices[part.group].block_bytes
             bad += _bad(part, status)
         if self.config.throttle_gb_s:
             owed = n_bytes / (self.config.throttle_gb_s * 1e9) - (time.perf_counter() - begin)
@@ -358,18 +347,15 @@ class WorkerHalf:
         self._arena = arena
         return True
 
-    def _copier(self, buffer: np.ndarray) -> SlotCopier:
-        threads = self.config.copy_threads or min(4, len(os.sched_getaffinity(0)))
-        copier = SlotCopier(buffer, threads, self.rank)
-        for group, device in enumerate(self._devices):
-            copier.register_layers(
-                np.asarray(device.bases, np.uint64),
-                np.asarray(device.strides, np.uint64),
-                np.asarray(device.pieces, np.uint64),
-                self.geometry.n_device_blocks,
-                group,
-            )
-        return copier
+    def _copier(self, buffer: np.ndarray) -> Copier:
+        return copier_for(
+            self._on,
+            buffer,
+            self._devices,
+            self.geometry.n_device_blocks,
+            threads=self.config.copy_threads or min(4, len(os.sched_getaffinity(0))),
+            rank=self.rank,
+        )
 
     def _nothing_of(self, load: Load) -> LoadDone:
         bad = [row for part in load.parts for row in _bad(part)]

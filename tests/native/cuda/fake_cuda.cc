@@ -191,7 +191,8 @@ cudaError_t cudaFreeHost(void* bytes) {
 cudaError_t cudaHostRegister(void* bytes, size_t, unsigned flags) {
   CHECK((flags & cudaHostRegisterPortable) != 0);
   if (FailsNow()) return cudaErrorMemoryAllocation;
-  return TheWorld().pinned.insert(bytes).second ? cudaSuccess : cudaErrorHostMemoryAlreadyRegistered;
+  return TheWorld().pinned.insert(bytes).second ? cudaSuccess
+                                                : cudaErrorHostMemoryAlreadyRegistered;
 }
 cudaError_t cudaHostUnregister(void* bytes) {
   CHECK(TheWorld().pinned.erase(bytes) == 1);
@@ -260,7 +261,8 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) 
 
 }  // extern "C"
 
-// ---- the kernels ---------------------------------------------------------------------------------
+// ---- the kernels
+// ---------------------------------------------------------------------------------
 
 namespace kvmem {
 
@@ -295,8 +297,8 @@ cudaError_t LaunchMove(Move move, const MoveBatch& batch, unsigned, cudaStream_t
         const StepAddress& step = batch.steps[s];
         std::byte* const block =
             step.base + static_cast<uint64_t>(batch.block_ids[item]) * step.stride;
-        const uint64_t at = batch.row_ids != nullptr ? static_cast<uint64_t>(batch.row_ids[item])
-                                                     : item;
+        const uint64_t at =
+            batch.row_ids != nullptr ? static_cast<uint64_t>(batch.row_ids[item]) : item;
         std::byte* const row = batch.rows + at * batch.row_stride + s * step_bytes;
         if (move == Move::kGather) std::memcpy(row, block, step_bytes);
         if (move == Move::kScatter) std::memcpy(block, row, step_bytes);

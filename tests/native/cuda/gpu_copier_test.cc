@@ -60,7 +60,8 @@ class Rig {
   Rig& operator=(const Rig&) = delete;
 
   std::unique_ptr<GpuCopier> Make(CopyMethod store, CopyMethod load, std::string* error) {
-    auto made = GpuCopier::Make(arena->table(), arena->header_bytes(), arena->bytes(), 0, 16, error);
+    auto made =
+        GpuCopier::Make(arena->table(), arena->header_bytes(), arena->bytes(), 0, 16, error);
     if (made == nullptr || !made->RegisterLayers(0, layers, n_blocks, error)) return nullptr;
     if (!made->SetMethod(0, CopyWay::kToHost, store)) return nullptr;
     if (!made->SetMethod(0, CopyWay::kToDevice, load)) return nullptr;
@@ -220,8 +221,8 @@ void StoreAndLoadAll(CopyMethod method, size_t n_blocks, uint64_t piece) {
     const std::vector<int32_t> slots(ids.rbegin(), ids.rend());
     const std::vector<uint64_t> generations(n_blocks, 1);
     const std::vector<std::byte> keys(n_blocks * kKeyBytes);
-    const CopyRequest request{0,           n_blocks,           ids.data(),
-                              slots.data(), generations.data(), keys.data()};
+    const CopyRequest request{0,          n_blocks, ids.data(), slots.data(), generations.data(),
+                              keys.data()};
     std::vector<CopyStatus> status(n_blocks);
     std::vector<uint64_t> checksums(n_blocks);
     copier->Store(request, nullptr, status.data(), checksums.data());
@@ -381,7 +382,7 @@ void TestRunsAreJoined() {
   std::byte device[64];
   std::byte host[64];
   AppendRun({device, host, 8}, &runs);
-  AppendRun({device + 8, host + 8, 8}, &runs);   // goes on on both sides
+  AppendRun({device + 8, host + 8, 8}, &runs);    // goes on on both sides
   AppendRun({device + 16, host + 32, 8}, &runs);  // on the device alone
   AppendRun({device + 40, host + 40, 8}, &runs);  // on the host alone
   CHECK(runs.size() == 3 && runs[0].bytes == 16 && runs[1].bytes == 8 && runs[2].bytes == 8);

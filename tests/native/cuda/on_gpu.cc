@@ -73,8 +73,7 @@ void RoundTrip(uint64_t seed, CopyMethod store, CopyMethod load) {
     const std::vector<int32_t> slots = Draw(n, n_slots, random);
     const std::vector<uint64_t> generations(n, 1);
     const std::vector<std::byte> keys(n * kKeyBytes);
-    CopyRequest request{0,           n,          sources.data(), slots.data(), generations.data(),
-                        keys.data()};
+    CopyRequest request{0, n, sources.data(), slots.data(), generations.data(), keys.data()};
     std::vector<CopyStatus> status(n);
     std::vector<uint64_t> checksums(n);
     copier->Store(request, nullptr, status.data(), checksums.data());
