@@ -72,7 +72,7 @@ class Weights:
 def _digest_of(tensor: torch.Tensor) -> bytes:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-    digest.update(memoryview(flat.numpy()))
+    digest.update(flat.numpy().data)
     return digest.digest()
 
 
