@@ -80,12 +80,16 @@ class Blocks:
         self.slots = lists.permutation(n_slots)[: self.n].astype(np.int32)
         self.keys = bytes(32) * self.n
         self.generation = 0
+        # Nothing is to be waited for: what is moved was computed long ago.
+        self._idle = torch.cuda.Stream()
 
     def store(self) -> None:
         """All blocks to the arena; raises RuntimeError when one was not stored."""
         self.generation += 1
         generations = np.full(self.n, self.generation, np.uint64)
-        status, _ = self.copier.store(self.blocks, self.slots, generations, self.keys)
+        status, _ = self.copier.store(
+            self.blocks, self.slots, generations, self.keys, 0, self._idle.cuda_stream
+        )
         if status.any():
             raise RuntimeError(f"blocks were not stored: {self.copier.error or np.unique(status)}")
 
@@ -93,7 +97,9 @@ class Blocks:
         """All blocks back, compared; raises RuntimeError when one was not loaded."""
         generations = np.full(self.n, self.generation, np.uint64)
         checked = np.ones(self.n, np.uint8)
-        status = self.copier.load(self.blocks, self.slots, generations, self.keys, checked)
+        status = self.copier.load(
+            self.blocks, self.slots, generations, self.keys, checked, 0, self._idle.cuda_stream
+        )
         if status.any():
             raise RuntimeError(f"blocks were not loaded: {self.copier.error or np.unique(status)}")
 
@@ -103,9 +109,11 @@ class Blocks:
 
         at = torch.from_numpy(self.blocks.astype(np.int64)).cuda()
         wanted = [layer[at] for layer in self.layers]
+        torch.cuda.synchronize()
         self.store()
         for layer in self.layers:
             layer[at] = 0xA5
+        torch.cuda.synchronize()
         self.load()
         if not all(torch.equal(layer[at], w) for layer, w in zip(self.layers, wanted, strict=True)):
             raise RuntimeError(f"{self.shape.name}: blocks came back as others")

@@ -38,9 +38,20 @@ inline void Require(bool holds, const char* message) {
 }
 
 // Two copies into one place at a time would leave a mixture there, and each would call it whole.
-inline void RequireDistinct(std::vector<int32_t> ids, const char* message) {
-  std::sort(ids.begin(), ids.end());
-  Require(std::adjacent_find(ids.begin(), ids.end()) == ids.end(), message);
+inline void RequireDistinct(const std::vector<int32_t>& ids, const char* message) {
+  const auto largest = ids.empty() ? 0 : *std::max_element(ids.begin(), ids.end());
+  if (largest >= 0 && static_cast<size_t>(largest) < 64 * ids.size()) {
+    std::vector<bool> seen(static_cast<size_t>(largest) + 1);
+    for (const int32_t id : ids) {
+      if (id < 0) continue;  // outside, and refused as that
+      Require(!seen[static_cast<size_t>(id)], message);
+      seen[static_cast<size_t>(id)] = true;
+    }
+    return;
+  }
+  std::vector<int32_t> sorted(ids);
+  std::sort(sorted.begin(), sorted.end());
+  Require(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end(), message);
 }
 
 // The caller's arrays as they were while the GIL was held: another thread may change them after.

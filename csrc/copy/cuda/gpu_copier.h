@@ -86,7 +86,6 @@ class GpuCopier {
   // at.
   std::vector<size_t> Take(const Job& job, size_t n, size_t* next);
   void Finish(const Job& job, size_t batch, const std::vector<size_t>& items, CudaResult* result);
-  bool Measured(const Group& group, double seconds[2][3], CudaResult* result);
   HostRows Slots() const;
 
   // Immutable after construction.
