@@ -54,7 +54,7 @@ bool GpuCopier::RegisterLayers(size_t group, std::vector<Layer> layers, uint64_t
     if (!IsOnDevice(layer.base, device_, error) || !IsOnDevice(last, device_, error)) return false;
   }
   const std::lock_guard lock(lock_);
-  if (result.ok()) transfer_->MakeRoom(made->blocks.bytes, &result);
+  if (result.ok()) transfer_->MakeRoom(made->blocks, &result);
   if (result.ok()) made->on_device = PutOnDevice(made->blocks, &result);
   if (!result.ok()) {
     *error = result.text();
@@ -118,7 +118,7 @@ void GpuCopier::Run(const Job& job) {
   CudaResult result;
   const DeviceGuard guard(device_, &result);
   const CopyMethod method = job.group.methods[static_cast<size_t>(job.way)];
-  const size_t at_a_time = Transfer::ItemsOf(job.group.blocks.bytes);
+  const size_t at_a_time = Transfer::ItemsOf(job.group.blocks);
   // Of items that no batch came to: the device failed before.
   std::fill_n(job.status, job.request.n, CopyStatus::kDevice);
   if (job.stores()) std::fill_n(job.checksums, job.request.n, 0);

@@ -41,7 +41,7 @@ class Trial {
  public:
   Trial(const BlockLayout& shape, Transfer* transfer, CudaResult* result)
       : transfer_(transfer),
-        n_(std::clamp<uint64_t>(kTriedBytes / shape.bytes, 1, Transfer::ItemsOf(shape.bytes))),
+        n_(std::clamp<uint64_t>(kTriedBytes / shape.bytes, 1, Transfer::ItemsOf(shape))),
         device_(MakeDeviceBytes(n_ * shape.bytes, result)),
         host_(MakePinnedBytes(n_ * shape.bytes, result)),
         begin_(MakeTimedEvent(result)),

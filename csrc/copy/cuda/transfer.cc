@@ -109,13 +109,15 @@ Transfer::Transfer(unsigned grid, CudaResult* result)
   }
 }
 
-size_t Transfer::ItemsOf(uint64_t block_bytes) {
-  return std::clamp<uint64_t>(kBatchBytes / block_bytes, 1, kBatchItems);
+size_t Transfer::ItemsOf(const BlockLayout& blocks) {
+  const uint64_t most = std::min<uint64_t>(kBatchItems, blocks.n_blocks);
+  return std::clamp<uint64_t>(kBatchBytes / blocks.bytes, 1, most);
 }
 
-void Transfer::MakeRoom(uint64_t block_bytes, CudaResult* result) {
-  const uint64_t sum_bytes = std::max(block_bytes, kBatchBytes) / kXxh3Block * 8 * sizeof(uint64_t);
-  const uint64_t chunk_bytes = std::max(block_bytes, kChunkBytes);
+void Transfer::MakeRoom(const BlockLayout& blocks, CudaResult* result) {
+  const uint64_t batch_bytes = ItemsOf(blocks) * blocks.bytes;
+  const uint64_t sum_bytes = batch_bytes / kXxh3Block * 8 * sizeof(uint64_t);
+  const uint64_t chunk_bytes = std::max(blocks.bytes, std::min(batch_bytes, kChunkBytes));
   if (sum_bytes > sum_bytes_) {
     for (Batch& batch : batches_) batch.sums = MakeDeviceBytes(sum_bytes, result);
     if (result->ok()) sum_bytes_ = sum_bytes;
@@ -256,7 +258,6 @@ void Transfer::CopyRuns(CopyWay way, const std::vector<CopyRun>& runs, CudaResul
   }
   cudaMemcpyAttributes attributes = {};
   attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;  // C1
-  attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
   size_t from_first = 0;
 #if CUDART_VERSION >= 13000
   const cudaError_t error =

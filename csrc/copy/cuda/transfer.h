@@ -69,19 +69,20 @@ void AppendRun(CopyRun run, std::vector<CopyRun>* runs);
 
 class Transfer {
  public:
-  static constexpr uint64_t kBatchBytes = uint64_t{64} << 20;
+  static constexpr uint64_t kBatchBytes = uint64_t{256} << 20;
   static constexpr size_t kBatchItems = 8192;
-  static constexpr uint64_t kChunkBytes = uint64_t{8} << 20;  // of a staged copy
+  static constexpr uint64_t kChunkBytes = uint64_t{32} << 20;  // of a staged copy
   static constexpr size_t kRing = 3;
   static constexpr size_t kBatches = 2;  // in flight
 
   // `grid`: thread blocks of a kernel, at most.
   Transfer(unsigned grid, CudaResult* result);
 
-  // Memory for batches of blocks of this many bytes; what is there already stays when it is enough.
+  // Memory for batches of blocks of this layout; what is there already stays when it is enough.
   // REQUIRES: nothing is in flight.
-  void MakeRoom(uint64_t block_bytes, CudaResult* result);
-  static size_t ItemsOf(uint64_t block_bytes);
+  void MakeRoom(const BlockLayout& blocks, CudaResult* result);
+  // Blocks of a batch at most.
+  static size_t ItemsOf(const BlockLayout& blocks);
 
   // What is enqueued from now on comes after what is on `after` now.
   void Begin(cudaStream_t after, CudaResult* result);

@@ -242,7 +242,7 @@ void TestManyBatches() {
   for (const CopyMethod method : kAll) {
     StoreAndLoadAll(method, 3 * Transfer::kBatchItems - 7, 1024);
     StoreAndLoadAll(method, 40, uint64_t{3} << 20);
-    StoreAndLoadAll(method, 3, uint64_t{40} << 20);  // one block is more than a batch
+    StoreAndLoadAll(method, 3, uint64_t{40} << 20);  // a block is more than a chunk usually is
   }
 }
 
