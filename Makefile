@@ -124,12 +124,8 @@ demo: setup  ## a team of agents on a real vLLM, without kvmem and with it
 	$(VENV)/bin/kvmem demo $(DEMO_ARGS)
 
 .PHONY: bench
-bench: setup  ## every benchmark, its short form (BENCH_ARGS= for the full one)
-	@for file in benchmarks/bench_*.py; do \
-	  name="benchmarks.$$(basename "$$file" .py)"; \
-	  echo "== $(PY) -m $$name $(BENCH_ARGS)"; \
-	  $(PY) -m "$$name" $(BENCH_ARGS); \
-	done
+bench: setup  ## every benchmark, its short form (BENCH_ARGS= for the full one), and one report
+	@$(PY) -m benchmarks $(BENCH_ARGS)
 
 LMCACHE := .venv-lmcache
 .PHONY: lmcache

@@ -66,6 +66,19 @@ def test_engine_example_loads_what_it_stored(smollm2: str) -> None:
     assert no_load == first
 
 
+@pytest.mark.engine
+@pytest.mark.slow
+def test_transformers_example_restores_what_it_kept(smollm2: str) -> None:
+    first, again, other = (
+        line for line in run("examples/04_transformers.py") if "restored" in line
+    )
+    assert first.startswith("0 of ")
+    restored = [int(line.split(" of ")[0].replace(",", "")) for line in (again, other)]
+    prompts = [int(line.split(" of ")[1].split()[0].replace(",", "")) for line in (again, other)]
+    assert restored[0] == (prompts[0] - 1) // 16 * 16
+    assert restored[0] >= restored[1] > prompts[1] - 32
+
+
 @pytest.fixture
 def server(smollm2: str) -> Iterator[str]:
     """The address of a `kvmem serve` that runs as README starts it."""

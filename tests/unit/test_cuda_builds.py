@@ -1,4 +1,4 @@
-"""Where there is nvcc, the CUDA sources compile for every architecture and refuse wrong batches."""
+"""Where there is nvcc, the CUDA sources compile for every architecture, and import anywhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from kvmem.store.scratch import Scratch
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(sys.executable).parent
@@ -37,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda")
     options = ["-DKVMEM_CUDA=ON", "-DKVMEM_PYTHON=OFF", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
     run(tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", *options)
-    run(tool("cmake"), "--build", folder, "--target", "kvmem_cuda")
+    run(tool("cmake"), "--build", folder, "--target", "kvmem_cuda", "kvmem_core")
     return folder
 
 
@@ -45,7 +48,7 @@ def test_the_library_has_code_for_each_architecture(built: Path) -> None:
     rules = (built / "build.ninja").read_text()
     for architecture in ("80", "90", "100"):
         assert f"arch=compute_{architecture}" in rules
-    assert b"CopyPieces" in (built / "libkvmem_cuda.a").read_bytes()
+    assert b"MoveSteps" in (built / "libkvmem_cuda.a").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -73,14 +76,25 @@ def run_without_a_gpu(built: Path, name: str, *options: str) -> None:
     source = ROOT / "tests" / "native" / "cuda" / f"{name}.cc"
     program = built / name
     library = built / "libkvmem_cuda.a"
-    run("nvcc", "-std=c++20", "-I", ROOT / "csrc", source, library, *options, "-o", program)
+    core = built / "libkvmem_core.a"
+    run("nvcc", "-std=c++20", "-I", ROOT / "csrc", source, library, core, *options, "-o", program)
     run(program)
-
-
-def test_wrong_batches_are_refused_without_a_gpu(built: Path) -> None:
-    run_without_a_gpu(built, "refusals")
 
 
 def test_an_older_error_is_neither_taken_for_the_launch_s_nor_cleared(built: Path) -> None:
     wraps = ("--wrap=cudaLaunchKernel", "--wrap=cudaGetLastError")
     run_without_a_gpu(built, "launch_errors", *(w for wrap in wraps for w in ("-Xlinker", wrap)))
+
+
+def test_the_module_imports_without_a_gpu_and_says_so() -> None:
+    cuda = pytest.importorskip("kvmem._cuda")
+    if cuda.n_devices() > 0:
+        pytest.skip("there is a GPU: tests/gpu looks at it")
+    scratch = Scratch(4, 4096, 1, bytes(32))
+    with pytest.raises(RuntimeError, match="cudaGetDevice: "):
+        cuda.GpuCopier(scratch.buffer, 0)
+    for arguments in ({"rank": -1}, {"rank": 1024}, {"grid": 0}, {"method": "fast"}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            cuda.GpuCopier(scratch.buffer, 0, **arguments)
+    with pytest.raises(ValueError, match="arena"):
+        cuda.GpuCopier(np.zeros(4096, np.uint8), 0)

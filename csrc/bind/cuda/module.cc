@@ -192,7 +192,8 @@ NB_MODULE(_cuda, m) {
            "the copier's use.")
       .def("measure", &PyGpuCopier::Measure, "group"_a = 0,
            nb::sig("def measure(self, group: int = 0) -> dict[str, dict[str, float]]"),
-           "Seconds that each method takes for up to 128 MiB of blocks of this group's shape, by 'store'\n"
+           "Seconds that each method takes for up to 128 MiB of blocks of this group's shape, by "
+           "'store'\n"
            "and 'load'; the better ones are used from now on.")
       .def("methods", &PyGpuCopier::Methods, "group"_a = 0,
            nb::sig("def methods(self, group: int = 0) -> tuple[str, str]"),

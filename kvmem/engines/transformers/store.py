@@ -307,12 +307,13 @@ class PrefixStore:
                 room.generations,
                 b"".join(keys[i] for i in chosen),
             )
-        except BaseException as error:
+        except KVMemError as error:  # I9
             self.cache.abandon(room.slots, room.generations)
-            if not isinstance(error, KVMemError):
-                raise
-            self.bus.emit(events.Failure(where="store", error=str(error)))  # I9
+            self.bus.emit(events.Failure(where="store", error=str(error)))
             return 0
+        except BaseException:
+            self.cache.abandon(room.slots, room.generations)
+            raise
         good = status == 0
         if not good.all():
             self.cache.abandon(room.slots[~good], room.generations[~good])
