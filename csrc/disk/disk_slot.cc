@@ -26,7 +26,7 @@ const char* NameOf(SlotFault fault) {
   return "header";
 }
 
-SlotFault ReadSlot(const DiskHeader& store, const DiskRecord& wanted, const std::byte* slot,
+SlotFault OpenSlot(const DiskHeader& store, const DiskRecord& wanted, const std::byte* slot,
                    size_t n_read, DiskCodec* codec, std::byte* plain, SlotBlock* block) {
   DiskSlotHeader header;
   if (n_read < sizeof header) return SlotFault::kShort;
@@ -44,30 +44,40 @@ SlotFault ReadSlot(const DiskHeader& store, const DiskRecord& wanted, const std:
     return SlotFault::kHeader;
   }
   if (n_read < sizeof header + header.stored_length) return SlotFault::kShort;
-  const std::byte* const stored = slot + sizeof header;
-  if (Xxh3_64(stored, header.stored_length) != header.stored_checksum) return SlotFault::kBytes;
-  block->payload = stored;
+  const std::byte* payload = slot + sizeof header;
+  if (header.codec == 0 && store.ranks == 1) {
+    // Stored and payload are the same bytes: they are hashed once, as the payload.
+    if (header.stored_checksum != header.payload_checksum) return SlotFault::kBlock;
+  } else if (Xxh3_64(payload, header.stored_length) != header.stored_checksum) {
+    return SlotFault::kBytes;
+  }
   if (header.codec != 0) {
     if (!DiskCodec::Available()) return SlotFault::kUnread;
     std::byte* const decoded = plain + sizeof header;
-    if (!codec->Decode(header.codec, stored, header.stored_length, decoded, n)) {
+    if (!codec->Decode(header.codec, payload, header.stored_length, decoded, n)) {
       return SlotFault::kBlock;
     }
-    block->payload = decoded;
+    payload = decoded;
   }
-  block->share_length = header.share_length;
-  block->sums.clear();
-  if (header.codec == 0 && store.ranks == 1) {  // the same bytes: hashed once
-    block->sums.push_back(header.stored_checksum);
-    return header.stored_checksum == header.payload_checksum ? SlotFault::kNone : SlotFault::kBlock;
-  }
+  *block = {payload, header.share_length, header.payload_checksum, {}};
+  return SlotFault::kNone;
+}
+
+bool IsWhole(const SlotBlock& block) {
+  return PayloadChecksum(block.sums.data(), block.sums.size()) == block.payload_checksum;
+}
+
+SlotFault ReadSlot(const DiskHeader& store, const DiskRecord& wanted, const std::byte* slot,
+                   size_t n_read, DiskCodec* codec, std::byte* plain, SlotBlock* block) {
+  const SlotFault fault = OpenSlot(store, wanted, slot, n_read, codec, plain, block);
+  if (fault != SlotFault::kNone) return fault;
   for (uint32_t rank = 0; rank < store.ranks; ++rank) {
     block->sums.push_back(
-        Xxh3_64(block->payload + uint64_t{rank} * header.share_length, header.share_length));
+        Xxh3_64(block->payload + uint64_t{rank} * block->share_length, block->share_length));
   }
-  return PayloadChecksum(block->sums.data(), block->sums.size()) == header.payload_checksum
-             ? SlotFault::kNone
-             : SlotFault::kBlock;
+  if (IsWhole(*block)) return SlotFault::kNone;
+  return block->payload == slot + sizeof(DiskSlotHeader) && store.ranks == 1 ? SlotFault::kBytes
+                                                                             : SlotFault::kBlock;
 }
 
 }  // namespace kvmem

@@ -9,8 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "copy/cpu/kernels.h"
-#include "disk/disk_slot.h"
+#include "copy/copy_hashed.h"
 #include "hash/xxh3.h"
 
 namespace kvmem {
@@ -48,7 +47,7 @@ struct DiskStore::Buffers {
 // The queue
 
 DiskStore::DiskStore(const DiskOptions& options, const std::vector<SlotTable>& tables)
-    : options_(options), tables_(tables), fence_(KernelsFor(DetectCpu()).fence) {}
+    : options_(options), tables_(tables), kernels_(KernelsFor(DetectCpu())) {}
 
 DiskStore::~DiskStore() {
   {
@@ -237,7 +236,7 @@ bool DiskStore::TakeFromArena(const DiskMove& move, std::byte* payload, DiskReco
     }
     length = share;
     CopyShared(payload, table.Data(move.slot), length);
-    fence_();  // the bytes are read before the stamp is looked at again
+    kernels_.fence();  // the bytes are read before the stamp is looked at again
     const uint64_t sum = Xxh3_64(payload, length);
     if (sum != d.checksum.load(std::memory_order_relaxed) ||
         !table.IsComplete(move.slot, move.slot_generation)) {  // D4
@@ -381,31 +380,46 @@ DiskStatus DiskStore::DoRead(const DiskMove& move, Buffers* buffers, DiskMoved* 
   std::memcpy(wanted.key, move.key, kKeyBytes);
   wanted.generation = move.record_generation;
   wanted.group = move.group;
-  SlotBlock block = {};
-  const SlotFault fault = ReadSlot(header_, wanted, buffers->stored.get(), n_read, &buffers->codec,
-                                   buffers->plain.get(), &block);
+  bool moved_on = false;
+  const SlotFault fault = Deliver(move, wanted, n_read, buffers, done, &moved_on);
   if (fault != SlotFault::kNone) {
     Keep(wanted, move.record, buffers->stored.get(), n_read);
     return DiskStatus::kRecord;
   }
-  for (size_t rank = 0; rank < tables_.size(); ++rank) {  // D3
-    const SlotTable& table = tables_[rank];
-    if (!table.Claim(move.slot, move.slot_generation)) return DiskStatus::kSource;
-    // A2, I4: kWriting is seen before any byte, every byte before kComplete.
-    fence_();
-    std::memcpy(table.Data(move.slot), block.payload + rank * block.share_length,
-                block.share_length);
-    fence_();
-    const Identity identity = {move.group, block.share_length,
-                               reinterpret_cast<const std::byte*>(move.key)};
-    if (!table.Complete(move.slot, move.slot_generation, identity, block.sums[rank])) {
-      return DiskStatus::kSource;
-    }
-    done->checksum ^= block.sums[rank];
-  }
+  if (moved_on) return DiskStatus::kSource;
   done->bytes = n_read;
   done->check_s = Now() - begin - done->io_s;
   return DiskStatus::kOk;
+}
+
+// Checks what was read and puts it into the arena's slot, hashed in the same pass. *moved_on: that
+// is another's by now.
+SlotFault DiskStore::Deliver(const DiskMove& move, const DiskRecord& wanted, size_t n_read,
+                             Buffers* buffers, DiskMoved* done, bool* moved_on) {
+  SlotBlock block = {};
+  const SlotFault fault = OpenSlot(header_, wanted, buffers->stored.get(), n_read, &buffers->codec,
+                                   buffers->plain.get(), &block);
+  if (fault != SlotFault::kNone) return fault;
+  for (size_t rank = 0; rank < tables_.size(); ++rank) {
+    const SlotTable& table = tables_[rank];
+    *moved_on = !table.Claim(move.slot, move.slot_generation);
+    if (*moved_on) return SlotFault::kNone;
+    // A2, I4: kWriting is seen before any byte, every byte before kComplete.
+    kernels_.fence();
+    block.sums.push_back(CopyHashed(kernels_, table.Data(move.slot),
+                                    block.payload + rank * block.share_length, block.share_length));
+  }
+  kernels_.fence();
+  if (!IsWhole(block)) return SlotFault::kBlock;
+  const Identity identity = {move.group, block.share_length,
+                             reinterpret_cast<const std::byte*>(move.key)};
+  for (size_t rank = 0; rank < tables_.size(); ++rank) {  // D3
+    *moved_on =
+        !tables_[rank].Complete(move.slot, move.slot_generation, identity, block.sums[rank]);
+    if (*moved_on) return SlotFault::kNone;
+    done->checksum ^= block.sums[rank];
+  }
+  return SlotFault::kNone;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@
 // Thread safety: any thread may call; operations run on the store's own threads.
 //
 // Invariants
-//   D3  I1, I5: Read() fills an arena slot only with bytes that passed every check, and completes
-//       its descriptors only then.
+//   D3  I1, I5: Read() completes an arena slot's descriptors only when its bytes have passed every
+//       check.
 //   D4  Write() takes only bytes whose descriptors say, before and after the copy, that they are
 //       this block, and that match their checksums: what is damaged in the host stays there.
 //   D5  I7: all files together never pass disk_bytes; the queue never passes its bound.
@@ -39,10 +39,12 @@
 #include <utility>
 #include <vector>
 
+#include "copy/cpu/kernels.h"
 #include "copy/slot_table.h"
 #include "disk/disk_codec.h"
 #include "disk/disk_format.h"
 #include "disk/disk_io.h"
+#include "disk/disk_slot.h"
 #include "disk/disk_space.h"
 
 namespace kvmem {
@@ -170,6 +172,8 @@ class DiskStore {
   DiskStatus Do(const Queued& item, Buffers* buffers, DiskMoved* done);
   DiskStatus DoWrite(const Queued& item, Buffers* buffers, DiskMoved* done);
   DiskStatus DoRead(const DiskMove& move, Buffers* buffers, DiskMoved* done);
+  SlotFault Deliver(const DiskMove& move, const DiskRecord& wanted, size_t n_read, Buffers* buffers,
+                    DiskMoved* done, bool* moved_on);
   bool TakeFromArena(const DiskMove& move, std::byte* payload, DiskRecord* record);
   std::byte* Encode(Buffers* buffers, DiskRecord* record);
   void PutHeader(const DiskRecord& record, std::byte* slot) const;
@@ -185,7 +189,7 @@ class DiskStore {
   // Immutable once open.
   const DiskOptions options_;
   const std::vector<SlotTable> tables_;
-  void (*const fence_)();  // the copier's, which orders what memcpy may write past the caches
+  const CopyKernels& kernels_;
   std::unique_ptr<DiskIo> io_;
   DiskHeader header_ = {};
   DiskPlan plan_ = {};
