@@ -54,7 +54,8 @@ def run(files: list[Path], options: Options) -> int:
             "--fix with --output takes one file", next_step="Leave --output out, or give one file."
         )
     reports = []
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         for path in files:
             bars.add_task(path.name, total=None)
             reports.append(

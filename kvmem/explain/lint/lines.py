@@ -63,7 +63,8 @@ def records(path: Path, most_bytes: int = MOST_RECORD_BYTES) -> Iterator[Record 
 def decode(path: Path, record: Record, kind: type[_T]) -> _T | Fault:
     """The record's value, or what is wrong with it."""
     try:
-        return msgspec.json.decode(record.data, type=kind)
+        # A line's end would stand inside a string that is cut, and read as a wrong character.
+        return msgspec.json.decode(record.data.rstrip(b"\r\n"), type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         return Fault(str(path), record.line, _why(record.data, error), _next_step(record.data))
 
