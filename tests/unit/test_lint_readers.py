@@ -34,9 +34,9 @@ def test_chat_completions_keep_tools_and_tool_calls(tmp_path: Path) -> None:
     assert "They may be many." in call.parts[3].thinking
 
 
-@pytest.mark.parametrize("holder", ["request", "body", "kwargs"])
+@pytest.mark.parametrize("holder", ["request", "body", "kwargs", "input"])
 def test_a_body_is_found_in_what_holds_it(holder: str, tmp_path: Path) -> None:
-    record = {"timestamp": "2026-01-01", "session_id": 7, holder: conversation()}
+    record = {"timestamp": "2026-01-01", "session_id": 7, "model": "m", holder: conversation()}
     (call,) = calls(write(tmp_path / "log.jsonl", [record]))
     assert (call.session, len(call.parts)) == ("7", 9)
 
@@ -151,6 +151,39 @@ def test_claude_codes_rewind_is_seen(tmp_path: Path) -> None:
     ]
     (found,) = lint_file(write(tmp_path / "t.jsonl", entries)).breaks
     assert (found.name, found.message, found.line) == ("history-edited", 5, 11)
+
+
+def test_claude_codes_parallel_tools_cut_nothing(tmp_path: Path) -> None:
+    def use(name: str) -> list[Body]:
+        return [{"type": "tool_use", "id": name, "name": "Read", "input": {"path": name}}]
+
+    def result(name: str) -> list[Body]:
+        return [{"type": "tool_result", "tool_use_id": name, "content": f"contents of {name}"}]
+
+    entries = [
+        entry("1", None, "user", "Read a and b"),
+        entry("2", "1", "assistant", use("a"), reply="r"),
+        entry("3", "2", "assistant", use("b"), reply="r"),
+        entry("4", "2", "user", result("a")),
+        entry("5", "3", "user", result("b")),
+        {"type": "progress", "uuid": "p", "parentUuid": None, "sessionId": "s"},
+        entry("6", "4", "assistant", "Both are read."),
+        entry("7", "6", "user", "Thanks."),
+        entry("8", "7", "assistant", "Gladly."),
+    ]
+    found = calls(write(tmp_path / "t.jsonl", entries))
+    assert [len(call.parts) for call in found] == [1, 5, 7]
+    assert lint_file(tmp_path / "t.jsonl").n_breaks == 0
+
+
+def test_a_reply_that_claude_code_made_up_is_no_call(tmp_path: Path) -> None:
+    entries = [
+        *claude_code(),
+        entry("8", "7", "user", "More"),
+        entry("9", "8", "assistant", "Error"),
+    ]
+    entries[-1]["message"]["model"] = "<synthetic>"
+    assert len(calls(write(tmp_path / "t.jsonl", entries))) == 3
 
 
 def test_claude_codes_sub_agents_have_prompts_of_their_own(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from kvmem.explain.lint.values import Call, Fault, Part
 __all__ = ["NAME", "accepts", "calls"]
 
 NAME = "claude-code"
-_KINDS = frozenset({"user", "assistant", "system", "summary", "progress", "attachment"})
 _FIX = "Take the line out; the rest was read."
 
 
@@ -92,24 +91,38 @@ def _entry(line: int, name: str, session: _Session, entry: dict[str, Any]) -> Ca
     chain = session.chain(entry)
     session.by_entry[uuid] = chain
     parent = entry.get("parentUuid")
-    restarts = parent is None and entry.get("type") != "assistant"
-    if restarts or parent in chain.depth:
+    message = entry.get("message")
+    if _is_cut(entry) and (parent is None or parent in chain.depth):
         chain.go_to(parent)
     call = None
-    message = entry.get("message")
     if entry.get("type") in ("user", "assistant") and not entry.get("isMeta") and message:
         part = message_part(message, len(chain.parts))
         if part.role == "assistant":
             reply = str(message.get("id") or entry.get("requestId") or uuid)
-            if reply != chain.reply and chain.parts:
+            if reply != chain.reply and chain.parts and not _is_made_up(message):
                 call = Call(line, name, chain.agent, parts=list(chain.parts))
-                call.model = _model(message)
             chain.reply = reply
         chain.parts.append(part)
     chain.depth[uuid] = len(chain.parts)
     return call
 
 
-def _model(message: dict[str, Any]) -> str | None:
-    model = message.get("model")
-    return model if isinstance(model, str) and not model.startswith("<") else None
+def _is_cut(entry: dict[str, Any]) -> bool:
+    """Whether an entry may stand on an earlier one than the last: what a user says, a compaction.
+
+    Results of tools called in parallel each name their own call as parent, and cut nothing.
+    """
+    if entry.get("type") == "system":
+        return entry.get("subtype") == "compact_boundary"
+    if entry.get("type") != "user" or "toolUseResult" in entry or entry.get("isMeta"):
+        return False
+    message = entry.get("message")
+    content = message.get("content") if isinstance(message, dict) else None
+    return not isinstance(content, list) or not any(
+        isinstance(block, dict) and block.get("type") == "tool_result" for block in content
+    )
+
+
+def _is_made_up(message: dict[str, Any]) -> bool:
+    """Whether Claude Code wrote a reply itself, about an error: no model was called."""
+    return message.get("model") == "<synthetic>"

@@ -68,7 +68,9 @@ def calls(path: Path) -> Iterator[Call | Fault]:
 def _is_body(value: dict[str, Any]) -> bool:
     if "messages" in value:
         return True
-    return "input" in value and ("model" in value or "instructions" in value)
+    if not isinstance(value.get("input"), str | list):
+        return False
+    return "model" in value or "instructions" in value
 
 
 def _call(line: int, record: dict[str, Any], body: dict[str, Any]) -> Call:
@@ -111,7 +113,7 @@ def _responses(body: dict[str, Any]) -> list[Part]:
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list):
-        raise WrongMessage("input is neither text nor list")
+        raise WrongMessage("input is no list")
     return parts + [item_part(item, i) for i, item in enumerate(given)]
 
 
