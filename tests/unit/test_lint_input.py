@@ -37,7 +37,8 @@ BAD = {
     "block": (b'{"messages": [{"role": "user", "content": [7]}]}', "content block"),
     "calls": (b'{"messages": [{"role": "user", "tool_calls": 7}]}', "tool_calls"),
     "tools": (b'{"messages": [], "tools": 7}', "tools is no list"),
-    "input": (b'{"model": "m", "input": [7]}', "item 0 is no JSON object"),
+    "input": (b'{"model": "m", "input": 7}', "input is neither text nor list"),
+    "item": (b'{"model": "m", "input": [7]}', "item 0 is no JSON object"),
     "deep": (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
 }  # fmt: skip
 

@@ -116,6 +116,19 @@ def test_a_file_that_is_no_tokenizer_is_refused(lint: Callable[..., Ran], clean:
     assert "is no tokenizer" in ran.err
 
 
+def test_a_tokenizer_counts_tokens(lint: Callable[..., Ran], broken: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    for tokenizer in (tmp_path, tmp_path / "tokenizer.json"):
+        ran = lint(broken, "--json", "--tokenizer", tokenizer, "--block-tokens", "1")
+        (report,) = msgspec.json.decode(ran.out, type=list[FileReport])
+        assert (report.unit, report.block_tokens) == ("token", 1)
+        # Every word is the one token of this tokenizer, so nothing differs but lengths.
+        assert report.n_breaks == 2
+
+
 # -- forms ----------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     (
         "volatile-id",
         (
-            r"\b(?=[\w-]*\d)(?:[0-9a-f]{8,}|[0-9A-F]{8,})\b"
+            r"\b(?=[0-9a-fA-F]*\d)(?:[0-9a-f]{8,}|[0-9A-F]{8,})\b"
             r"|\b[a-z]{2,12}[_-](?=[A-Za-z]*\d)[A-Za-z0-9]{8,}\b"
             r"|\b(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{16,}\b"
         ),

@@ -68,9 +68,9 @@ def calls(path: Path) -> Iterator[Call | Fault]:
 def _is_body(value: dict[str, Any]) -> bool:
     if "messages" in value:
         return True
-    if not isinstance(value.get("input"), str | list):
-        return False
-    return "model" in value or "instructions" in value
+    return ("model" in value or "instructions" in value) and not isinstance(
+        value.get("input", {}), dict
+    )
 
 
 def _call(line: int, record: dict[str, Any], body: dict[str, Any]) -> Call:
@@ -113,7 +113,7 @@ def _responses(body: dict[str, Any]) -> list[Part]:
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list):
-        raise WrongMessage("input is no list")
+        raise WrongMessage("input is neither text nor list")
     return parts + [item_part(item, i) for i, item in enumerate(given)]
 
 
