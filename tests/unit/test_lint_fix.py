@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvmem.errors import ConfigError
-from kvmem.explain.lint import lint_file
+from kvmem.explain.lint import fix, lint_file
 from kvmem.explain.lint.fix import fix_file, fixed_name
 from kvmem.explain.lint.rules import RULES
 from tests.logs import Body, conversation, next_turn, write
@@ -69,6 +70,20 @@ def test_a_file_that_is_there_is_never_written_over(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is there already"):
             fix_file(path, to=to)
     assert fixed_name(path).read_text() == "mine"
+
+
+def test_a_copy_that_cannot_be_finished_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "log.jsonl", list(broken("tools-reordered")))
+
+    def full(self: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fix._Copier, "_write", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        fix_file(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_log_of_another_form_is_left_alone(tmp_path: Path) -> None:

@@ -83,6 +83,30 @@ def test_a_bad_row_of_a_trace_is_named(row: dict[str, Any], reason: str, tmp_pat
     check(lint_file(write(tmp_path / "t.jsonl", rows)), 3, reason, n_calls=2)
 
 
+@pytest.mark.parametrize("ids", [[-1], [1 << 31], [1.5], ["1"], 7])
+def test_ids_that_no_tokenizer_has_are_named(ids: Any, tmp_path: Path) -> None:
+    rows = [
+        {"kvtrace": 1, "kind": "token_ids"},
+        {"id": 0, "session": "s", "token_ids": [1, 2]},
+        {"id": 1, "session": "s", "token_ids": ids},
+        {"id": 2, "session": "s", "base": 0, "keep": 2, "token_ids": [3]},
+    ]
+    check(lint_file(write(tmp_path / "t.jsonl", rows)), 3, "not the JSON expected", n_calls=2)
+
+
+def test_a_trace_whose_blocks_have_no_size_is_refused(tmp_path: Path) -> None:
+    rows: list[Any] = [{"kvtrace": 1, "kind": "blocks", "block_size": 0}]
+    check(lint_file(write(tmp_path / "t.jsonl", rows)), 1, "block_size", n_calls=0)
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    half = b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d"}]}'
+    path.write_bytes(b"\n".join([GOOD, half, NEXT]))
+    report = lint_file(path)
+    assert (report.n_calls, [fault.line for fault in report.faults]) == (2, [2])
+
+
 @pytest.mark.parametrize("turn", [{"from": "wizard", "value": "Hm"}, 7])
 def test_a_bad_turn_of_sharegpt_is_named(turn: Any, tmp_path: Path) -> None:
     good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,33 +69,44 @@ def fix_file(
     if reader is None or reader.name != requests.NAME:
         return None
     target = to or fixed_name(path)
+    with _created(target) as out:
+        copier = _Copier(path, out)
+        report = lint_file(
+            path, form=form, measure=measure, block_tokens=block_tokens, repair=copier.repair
+        )
+        copier.finish()
+    named = msgspec.structs.replace(report, path=str(target))
+    return Fixed(str(target), copier.n_changed, named)
+
+
+@contextmanager
+def _created(target: Path) -> Iterator[IO[bytes]]:
+    """A new file that only this user may read, and none where writing it fails."""
     try:
-        with _create(target) as out:
-            copier = _Copier(path, out)
-            report = lint_file(
-                path, form=form, measure=measure, block_tokens=block_tokens, repair=copier.repair
-            )
-            copier.finish()
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise ConfigError(
             f"{target} is there already", next_step="Remove it, or name another with --output."
         ) from None
     except OSError as error:
-        raise ConfigError(
-            f"{target} cannot be written: {error.strerror or error}",
-            next_step="Name a file in a folder of yours with --output.",
-        ) from None
-    named = msgspec.structs.replace(report, path=str(target))
-    return Fixed(str(target), copier.n_changed, named)
-
-
-def _create(target: Path) -> IO[bytes]:
-    """A new file that only this user may read; never one that is there already."""
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        raise _unwritten(target, error) from None
     raw = os.fdopen(descriptor, "wb")
-    if target.suffix != ".gz":
-        return raw
-    return _Packed(raw)  # type: ignore[return-value]
+    out: IO[bytes] = _Packed(raw) if target.suffix == ".gz" else raw  # type: ignore[assignment]
+    try:
+        with out:
+            yield out
+    except BaseException as error:
+        target.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritten(target, error) from None
+        raise
+
+
+def _unwritten(target: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{target} cannot be written: {error.strerror or error}",
+        next_step="Name a file in a folder of yours with --output.",
+    )
 
 
 class _Packed(gzip.GzipFile):

@@ -56,7 +56,7 @@ class _Session:
         self.by_entry: dict[str, _Chain] = {}
 
     def chain(self, entry: dict[str, Any]) -> _Chain:
-        agent, parent = entry.get("agentId"), entry.get("parentUuid")
+        agent, parent = entry.get("agentId"), _text(entry.get("parentUuid"))
         if not entry.get("isSidechain") and not agent:
             return self.main
         if not agent and parent in self.by_entry:
@@ -90,7 +90,7 @@ def _entry(line: int, name: str, session: _Session, entry: dict[str, Any]) -> Ca
         return None  # a title, a snapshot of files, a queue's operation: nothing a model reads
     chain = session.chain(entry)
     session.by_entry[uuid] = chain
-    parent = entry.get("parentUuid")
+    parent = _text(entry.get("parentUuid"))
     message = entry.get("message")
     if _is_cut(entry) and (parent is None or parent in chain.depth):
         chain.go_to(parent)
@@ -105,6 +105,10 @@ def _entry(line: int, name: str, session: _Session, entry: dict[str, Any]) -> Ca
         chain.parts.append(part)
     chain.depth[uuid] = len(chain.parts)
     return call
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _is_cut(entry: dict[str, Any]) -> bool:

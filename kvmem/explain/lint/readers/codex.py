@@ -27,9 +27,9 @@ _FIX = "Take the line out; the rest was read."
 
 def accepts(first: dict[str, Any]) -> bool:
     """Whether a file that begins with this record is a rollout of Codex."""
-    if first.get("type") in _LINES and "payload" in first:
+    if str(first.get("type")) in _LINES and "payload" in first:
         return True
-    return first.get("type") in _ITEMS or ({"id", "timestamp", "instructions"} <= first.keys())
+    return str(first.get("type")) in _ITEMS or ({"id", "timestamp", "instructions"} <= first.keys())
 
 
 class _Thread:
@@ -90,12 +90,12 @@ def calls(path: Path) -> Iterator[Call | Fault]:
 def _line(line: int, thread: _Thread, value: dict[str, Any]) -> Call | None:
     kind, payload = value.get("type"), value.get("payload")
     if not isinstance(payload, dict):
-        if kind in _ITEMS:
+        if str(kind) in _ITEMS:
             return thread.add(line, value)
         if "instructions" in value:
             _meta(thread, value)
         return None
-    if kind == "response_item" and payload.get("type") in _ITEMS:
+    if kind == "response_item" and str(payload.get("type")) in _ITEMS:
         return thread.add(line, payload)
     if kind == "session_meta":
         _meta(thread, payload)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,10 +22,15 @@ MOST_KEPT = 64 << 20  # characters and ids of earlier prompts that a later one m
 _AGAIN = "Record the trace anew; the rest was read."
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
 class _Header(msgspec.Struct):
     kvtrace: int
     kind: Literal["messages", "text", "token_ids", "blocks"]
-    block_size: int | None = None
+    block_size: _Positive | None = None
     hash_scope: Literal["session", "global"] = "global"
     order: Literal["arrival", "by_session"] = "arrival"
 
@@ -35,12 +40,12 @@ class _Row(msgspec.Struct):
     session: str
     agent: str = "main"
     base: int | None = None
-    keep: int = 0
+    keep: _Count = 0
     messages: list[Any] | None = None
     text: str | None = None
-    token_ids: list[int] | None = None
+    token_ids: list[_Token] | None = None
     block_hashes: list[int] | None = None
-    input_len: int | None = None
+    input_len: _Count | None = None
     output: Any = None
 
 

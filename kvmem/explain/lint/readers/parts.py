@@ -32,7 +32,7 @@ def message_part(message: Any, index: int | None) -> Part:
     if not isinstance(message, dict):
         raise WrongMessage(f"message {index} is no JSON object")
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise WrongMessage(f"message {index} has the role {role!r}")
     thinking, content, pieces = _blocks(message.get("content"), index)
     for name in _THINKING:
