@@ -22,10 +22,15 @@ from tests.unit.test_lint_rules import EDITS
 SAFE = [rule.name for rule in RULES if rule.fixable]
 
 
+def trim(body: Body) -> None:
+    body["messages"][5]["content"] += " \n"
+
+
 def broken(name: str) -> tuple[Body, Body]:
     first = conversation()
     second = next_turn(first)
-    EDITS[name][0](second)
+    edit = trim if name == "whitespace-changed" else EDITS[name][0]
+    edit(second)
     return first, second
 
 
@@ -33,7 +38,8 @@ def broken(name: str) -> tuple[Body, Body]:
 def test_a_safe_rule_is_put_right(name: str, tmp_path: Path) -> None:
     first, second = broken(name)
     path = write(tmp_path / "log.jsonl", [first, second, next_turn(second)])
-    assert lint_file(path).n_breaks == 1
+    (found,) = lint_file(path).breaks
+    assert (found.name, found.fixable) == (name, True)
     fixed = fix_file(path)
     assert fixed is not None
     # The third request extended the second as it was, so both are changed.
@@ -51,6 +57,18 @@ def test_what_needs_a_decision_stays(name: str, tmp_path: Path) -> None:
     assert fixed is not None
     assert fixed.n_changed == 0
     assert Path(fixed.path).read_bytes() == path.read_bytes()
+
+
+def test_blanks_within_a_line_are_left_alone(tmp_path: Path) -> None:
+    first = conversation()
+    second = next_turn(first)
+    EDITS["whitespace-changed"][0](second)
+    path = write(tmp_path / "log.jsonl", [first, second])
+    (found,) = lint_file(path).breaks
+    assert (found.name, found.fixable) == ("whitespace-changed", False)
+    fixed = fix_file(path)
+    assert fixed is not None
+    assert fixed.n_changed == 0
 
 
 def test_the_log_stays_and_the_new_file_is_its_owners_alone(tmp_path: Path) -> None:

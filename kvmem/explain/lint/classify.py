@@ -9,7 +9,7 @@ import msgspec
 from kvmem.explain.lint.values import Part
 from kvmem.explain.lint.volatile import volatile
 
-__all__ = ["canonical", "classify", "first_difference"]
+__all__ = ["canonical", "classify", "first_difference", "says_the_same"]
 
 MOST_JSON = 8 << 20  # characters of a text that is tried as JSON
 
@@ -45,6 +45,20 @@ def classify(before: list[Part], now: list[Part], at: int, *, n_sent: int | None
     if n_sent is not None and at >= n_sent and new.role == "assistant":
         return "reply-rewritten"
     return _moved(before, now, at) or _edited(before, now, at)
+
+
+def says_the_same(name: str, old: Part, new: Part) -> bool:
+    """Whether the earlier form may stand for the new one: a model is told the same by both.
+
+    Blanks at the ends of lines say nothing; within a line they may be a program's.
+    """
+    if name == "whitespace-changed":
+        return _without_ends(old.text) == _without_ends(new.text)
+    return name in ("tools-reordered", "json-reserialised")
+
+
+def _without_ends(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
 
 
 def _tools(old: Part, new: Part) -> str:
@@ -140,11 +154,9 @@ def _edited(before: list[Part], now: list[Part], at: int) -> str:
         return "history-compacted" if head < size and size_now < size else "turn-undone"
     if old.role == new.role:
         is_result = old.role in ("tool", "function") or _is_result(old)
-        return (
-            "tool-result-cleared"
-            if is_result and len(new.text) < len(old.text)
-            else ("history-edited")
-        )
+        if is_result and len(new.text) < len(old.text):
+            return "tool-result-cleared"
+        return "history-edited"
     if gone > 1 and len(rest) > len(rest_now) and size_now * 2 < size:
         return "history-compacted"
     return "history-edited"

@@ -17,12 +17,11 @@ import msgspec
 
 from kvmem.errors import ConfigError
 from kvmem.explain.lint.chains import Chain
-from kvmem.explain.lint.classify import classify
+from kvmem.explain.lint.classify import classify, says_the_same
 from kvmem.explain.lint.lines import Record, records
 from kvmem.explain.lint.lint import lint_file
 from kvmem.explain.lint.measure import Measure
 from kvmem.explain.lint.readers import reader_of, requests
-from kvmem.explain.lint.rules import rule
 from kvmem.explain.lint.values import Call, FileReport, Part
 
 __all__ = ["Fixed", "fix_file", "fixed_name"]
@@ -159,7 +158,8 @@ def repair(call: Call, before: list[Part]) -> bool:
         new = call.parts[i]
         if old.same(new):
             continue
-        if not rule(classify(before, call.parts, i)).fixable or not _put(call.body, old, new):
+        safe = says_the_same(classify(before, call.parts, i), old, new)
+        if not safe or not _put(call.body, old, new):
             break
         call.parts[i] = msgspec.structs.replace(old, message=new.message)
         changed = True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvmem.explain.lint.cached import MOST_BLOCKS, IdCache, PrefixCache
 from kvmem.explain.lint.chains import Chain, Chains
-from kvmem.explain.lint.classify import classify, first_difference
+from kvmem.explain.lint.classify import classify, first_difference, says_the_same
 from kvmem.explain.lint.measure import CHARACTERS_PER_TOKEN, Characters, Measure
 from kvmem.explain.lint.readers import FORMATS, reader_of
 from kvmem.explain.lint.rules import rule
@@ -97,11 +97,8 @@ class Linter:
         chain.turn += 1
         if self._repair is not None:
             self._repair(call, chain)
-        request = (
-            self._call_of_ids(call, chain)
-            if call.ids is not None
-            else (self._call_of_parts(call, chain))
-        )
+        of = self._call_of_parts if call.ids is None else self._call_of_ids
+        request = of(call, chain)
         chain.line = call.line
         self._chains.measured(held, chain)
         self.tally.request(request)
@@ -270,7 +267,10 @@ class Linter:
             name,
             lost if unit == "token" else -(-lost // CHARACTERS_PER_TOKEN),
             broken.fix,
-            broken.fixable and call.body is not None,
+            call.body is not None
+            and old is not None
+            and new is not None
+            and says_the_same(name, old, new),
             _excerpt(old, char),
             _excerpt(new, char),
         )

@@ -11,8 +11,8 @@ __all__ = ["RULES", "Rule", "rule"]
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """A way to break a prefix. `fixable`: `--fix` puts the earlier form back, which says the same
-    to a model.
+    """A way to break a prefix. `fixable`: `--fix` may put the earlier form back, where that says
+    the same to a model.
     """
 
     id: str
