@@ -1,4 +1,4 @@
-"""The kvmem command: `demo`, `serve`, `stats`, `switch`, `quarantine`, `verify`.
+"""The kvmem command: `demo`, `serve`, `stats`, `switch`, `quarantine`, `verify`, `lint`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -48,6 +48,7 @@ bit, when a prompt begins the same way.
   kvmem switch            its loads and stores off and on, in a running engine
   kvmem quarantine        blocks that failed a check in a running engine, and what is left of them
   kvmem verify            look through what is on the disk, every byte
+  kvmem lint log.jsonl    what broke a prompt's prefix, in logs and transcripts
 """,
 )
 
@@ -286,6 +287,51 @@ def verify(
 
     if not run(path, repair=repair, as_json=as_json):
         raise typer.Exit(NOT_SOUND)
+
+
+@app.command()
+def lint(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Logs, gzip or not.")],
+    show: Annotated[
+        Literal["terminal", "json", "sarif", "html"],
+        typer.Option("--show", help="For people, machines, code hosts, or as one page."),
+    ] = "terminal",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --show json.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A new file for it; with --fix the log's.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="The log's, where its first lines don't tell.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json or its folder; without it characters are counted."),
+    ] = None,
+    block_tokens: Annotated[
+        int, typer.Option("--block-tokens", min=1, max=4096, help="Of the engine's blocks.")
+    ] = 16,
+    requests: Annotated[
+        bool, typer.Option("--requests", help="In JSON every request's cached tokens too.")
+    ] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Write a repaired copy, FILE.fixed; what is safe only.")
+    ] = False,
+) -> None:
+    """Find what broke the prefix of prompts: each turn against the one before it.
+
+    Reads logs of OpenAI and Anthropic requests, transcripts of Claude Code and Codex, ShareGPT and
+    kvtrace/1. Says turn, message, the first token that differs, why, and the tokens lost; the
+    rules are in docs/lint.md. Exit code 0 when nothing broke, 1 when something did, 2 when a
+    place could not be read: what follows it was.
+    """
+    from kvmem.cli.linting import Options, run
+
+    options = Options(
+        "json" if as_json else show, output, form, tokenizer, block_tokens, requests, fix
+    )
+    code = run(files, options)
+    if code:
+        raise typer.Exit(code)
 
 
 def _is_on(given: Literal["on", "off"] | None) -> bool | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs import blocks, models_table, settings_table
+from kvmem.explain.lint.readers import FORMATS
+from tests.docs import blocks, models_table, rules_table, settings_table
 
 ROOT = blocks.ROOT
 MADE = {"kvmem/_core.abi3.so"}  # by `make setup`, so not in the repository
@@ -87,6 +88,17 @@ def test_settings_table_is_what_the_code_describes() -> None:
 def test_models_table_is_what_the_engine_matrix_expects() -> None:
     page = models_table.PAGE.read_text()
     assert models_table.in_page(page) == models_table.table(), "`make golden` writes it anew"
+
+
+def test_rules_table_is_the_catalogue_of_the_linter() -> None:
+    page = rules_table.PAGE.read_text()
+    assert rules_table.in_page(page) == rules_table.table(), "`make golden` writes it anew"
+
+
+def test_every_form_of_log_is_on_the_linters_page() -> None:
+    page = rules_table.PAGE.read_text()
+    listed = page.partition("## What it reads")[2].partition("\n\nThe first")[0]
+    assert set(re.findall(r"^\| `([a-z][\w/-]+)` \|", listed, re.MULTILINE)) == set(FORMATS)
 
 
 def test_every_invariant_cited_in_the_code_is_in_the_document() -> None:
