@@ -46,8 +46,8 @@ def write(path: Path, saved: Saved) -> None:
         raise
 
 
-def read(path: Path, renderer: str) -> tuple[Saved, Link]:
-    """What `write` wrote, every digest looked at, and its last span.
+def read(path: Path, renderer: str | None) -> tuple[Saved, Link]:
+    """What `write` wrote, every digest looked at, and its last span; None takes any renderer's.
 
     Raises:
         ConfigError: it is no ledger, of another version or for another renderer, or damaged.
@@ -62,7 +62,7 @@ def read(path: Path, renderer: str) -> tuple[Saved, Link]:
         saved = msgspec.msgpack.decode(payload, type=Saved)
     except msgspec.DecodeError as error:
         raise _unreadable(path, f"is no ledger: {error}") from error
-    if saved.renderer != renderer:
+    if renderer is not None and saved.renderer != renderer:
         raise _unreadable(path, "was made with another tokenizer or chat template")
     if len(saved.ids) % 4 or not saved.spans or saved.spans[0].role != HEAD:
         raise _unreadable(path, "is damaged: its spans and ids do not fit")

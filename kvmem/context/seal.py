@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import msgspec
@@ -85,11 +86,15 @@ def _in_text(where: str, text: str) -> Iterator[Finding]:
 
 def _unordered(value: Any) -> bool:
     """Whether something in it has no order of its own: a set says another thing every run."""
-    if isinstance(value, set | frozenset):
+    if isinstance(value, AbstractSet):
         return True
-    if isinstance(value, dict):
-        return any(_unordered(v) for v in value.values())
-    return isinstance(value, list | tuple) and any(_unordered(v) for v in value)
+    if isinstance(value, Mapping):
+        return any(_unordered(one) for one in value.values())
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and any(_unordered(one) for one in value)
+    )
 
 
 def digest_of(system: str | None, tools: Sequence[Any]) -> bytes:

@@ -79,6 +79,19 @@ def test_transformers_example_restores_what_it_kept(smollm2: str) -> None:
     assert restored[0] >= restored[1] > prompts[1] - 32
 
 
+@pytest.mark.engine
+@pytest.mark.slow
+def test_ledger_example_restores_all_of_the_last_turn(smollm2: str) -> None:
+    lines = run("examples/05_ledger.py")
+    told = [re.findall(r"[\d,]+", line)[:2] for line in lines if "restored" in line]
+    restored, asked = zip(*([int(n.replace(",", "")) for n in pair] for pair in told), strict=True)
+    assert restored[0] == 0
+    for before, after in zip(asked, restored[1:], strict=False):
+        assert after >= before // 16 * 16  # the last prompt, and what of its answer fills blocks
+    assert re.search(r"<Ledger planner: [\d,]+ tokens, 6 messages>", lines[-2])
+    assert "stay cached" in lines[-1]
+
+
 @pytest.fixture
 def server(smollm2: str) -> Iterator[str]:
     """The address of a `kvmem serve` that runs as README starts it."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import stat
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -396,3 +398,26 @@ def test_the_head_is_the_templates_own_with_and_without_system_and_tools() -> No
             whole = RENDERER.text([*first, user("x")], tools=tools, generation=True)
             assert one.request()["prompt"] == RENDERER.encode(whole)
     assert "tools" in TOOLS_FIRST
+
+
+def test_the_file_is_what_the_formats_page_says(tmp_path: Path) -> None:
+    import msgpack
+    import xxhash
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text()
+    grammar = page.partition("## A ledger, version 1")[2].partition("```\n\n")[0]
+    fields = re.findall(r"^  (\w+)  ", grammar, re.MULTILINE)
+    one = ledger()
+    turn(one, "a", "b")
+    one.save(tmp_path / "l")
+    data = (tmp_path / "l").read_bytes()
+    assert f'"{data[:8].decode()}"' in grammar
+    assert int.from_bytes(data[8:16], "little") == xxhash.xxh3_64_intdigest(data[16:])
+    told = msgpack.unpackb(data[16:])
+    assert list(told) == fields
+    span_fields = re.search(r"spans +array of maps: ([\w, ]+)", grammar)
+    assert span_fields is not None
+    assert [list(span) for span in told["spans"]] == [span_fields[1].split(", ")] * 3
+    ids = array("I")
+    ids.frombytes(told["ids"])
+    assert ids.tolist() == one.tokens()

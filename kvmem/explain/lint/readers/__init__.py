@@ -15,7 +15,7 @@ import msgspec
 
 from kvmem.errors import ConfigError
 from kvmem.explain.lint.lines import Record, decode, records
-from kvmem.explain.lint.readers import claude_code, codex, kvtrace, requests, sharegpt
+from kvmem.explain.lint.readers import claude_code, codex, kvtrace, ledger, requests, sharegpt
 from kvmem.explain.lint.values import Call, Fault
 
 __all__ = ["FORMATS", "Reader", "reader_of"]
@@ -32,7 +32,7 @@ class Reader(msgspec.Struct, frozen=True):
 # The first that accepts is taken: the ones with the surest marks stand first.
 _READERS: tuple[Reader, ...] = tuple(
     Reader(module.NAME, module.accepts, module.calls)
-    for module in (kvtrace, sharegpt, codex, claude_code, requests)
+    for module in (ledger, kvtrace, sharegpt, codex, claude_code, requests)
 )
 _LOOKED_AT = 1_000  # records, for one that tells the form
 FORMATS: tuple[str, ...] = tuple(reader.name for reader in _READERS)
@@ -53,6 +53,8 @@ def reader_of(path: Path, form: str | None = None) -> Reader | None:
             if form == reader.name:
                 return reader
         raise ConfigError(f"no format {form!r}", next_step=f"Give one of {', '.join(FORMATS)}.")
+    if ledger.begins(path):
+        return _READERS[0]
     for n, record in enumerate(records(path)):
         value = decode(path, record, dict[str, Any]) if isinstance(record, Record) else None
         if isinstance(value, dict):
