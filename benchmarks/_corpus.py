@@ -9,6 +9,7 @@ content is `content_of(base)[:keep] + tail`.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import pydoc_data.topics
@@ -20,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Agent", "Mix", "fleet", "generated", "real_text", "trace_folder"]
+__all__ = ["Agent", "Mix", "fleet", "generated", "real_text", "recorded", "trace_folder"]
 
 _PROJECT = Path(__file__).resolve().parent.parent
 _FIELDS = {"messages": "messages", "text": "text"}
@@ -74,6 +75,13 @@ def fleet(folder: Path | None, *, agents: int, turns: int, seed: int) -> list[Ag
             picked += _recorded(folder / f"{name}.jsonl.gz", n, turns=turns, seed=seed)
     random.Random(seed).shuffle(picked)
     return picked
+
+
+def recorded(folder: Path, source: str, *, most: int) -> Iterator[Agent]:
+    """The first `most` whole conversations of a set, in its order."""
+    calls = _calls(folder / f"{source}.jsonl.gz")
+    for session, turns in itertools.islice(itertools.groupby(calls, lambda call: call[0]), most):
+        yield Agent(name=f"{source}/{session}", source=source, turns=[m for _, m in turns])
 
 
 def generated(*, agents: int, turns: int, seed: int, size: float = 1.0) -> list[Agent]:

@@ -5,6 +5,9 @@ On a live vLLM with SmolLM2-135M, 24 sessions of five turns, at temperature 0 an
 tokenizer again every turn. Cached tokens, as vLLM counts them, over the ideal: the whole blocks of
 the session's last prompt and reply (a reply's last token has no KV).
 
+Recorded conversations, where the folder of traces is, are played call by call through ledgers: a
+break is a call that is not the last one and new messages.
+
 Then without an engine: 600 encoded tokens appended to a history of 143,000, against encoding that
 history again.
 
@@ -19,12 +22,14 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks._corpus import real_text
+from benchmarks._corpus import generated, real_text, recorded, trace_folder
 from benchmarks._report import Row, finish, paired, table
 from kvmem.context import ChatRenderer, Ledger
+from kvmem.context.probe import RULES
 
 _BLOCK_TOKENS = 32  # what vLLM's CPU build takes
 _HISTORY, _ADDED = 143_000, 600
+_SETS = ("tau_airline", "bfcl_multi_turn", "lmc_miniswe")
 _QUESTIONS = (
     "Describe the sea near your home, in plain words.",
     "List three tools that you would take there, and why.",
@@ -124,6 +129,41 @@ def live(folder: str, renderer: ChatRenderer, sessions: int) -> dict[str, float]
     return worst
 
 
+def replay(renderer: ChatRenderer, most: int) -> dict[str, int]:
+    """Calls of recorded conversations, and those that are not the call before plus something."""
+    folder = trace_folder(None)
+    calls = breaks = tokens = agents = 0
+    played = (
+        generated(agents=16, turns=5, seed=3)
+        if folder is None
+        else (agent for name in _SETS for agent in recorded(folder, name, most=most))
+    )
+    for agent in played:
+        agents += 1
+        one = Ledger.open(renderer, seal=False, accept=RULES)
+        begun = False
+        text = ""
+        for messages in agent.turns:
+            calls += 1
+            if agent.source == "lmc_miniswe":  # flattened: one text that grows
+                whole = messages[0]["content"]
+                breaks += not whole.startswith(text)
+                one.append_ids(renderer.encode(whole[len(text) :]), role="user")
+                text = whole
+                continue
+            if not begun:
+                first = messages[0]["content"] if messages[0]["role"] == "system" else None
+                one = Ledger.open(renderer, system=first, seal=False, accept=RULES)
+                begun = True
+            changes = one.check(messages)
+            breaks += any(change.kind != "new" for change in changes)
+            one.append(*(messages[change.index] for change in changes if change.kind == "new"))
+        tokens += one.n_tokens
+    where = "recorded ones" if folder is not None else "no traces here, so generated ones"
+    print(f"replayed {calls:,} calls of {agents} conversations, {tokens:,} tokens; {where}")
+    return {"replayed_calls": calls, "replay_breaks": breaks}
+
+
 def append_cost(tokenizer: Any, renderer: ChatRenderer, repetitions: int) -> tuple[Row, float]:
     """Appending against encoding again, and the median append in milliseconds."""
     text = real_text(6 * _HISTORY)
@@ -160,8 +200,9 @@ def main() -> None:
     renderer = ChatRenderer.of(tokenizer)
     row, append_ms = append_cost(tokenizer, renderer, 3 if short else 9)
     print(table([row]))
+    replayed = replay(renderer, 16 if short else 1_000)
     shares = live(folder, renderer, 8 if short else 24)
-    finish({**shares, "append_vs_reencode": row.ratio, "append_ms": append_ms})
+    finish({**shares, **replayed, "append_vs_reencode": row.ratio, "append_ms": append_ms})
 
 
 if __name__ == "__main__":
