@@ -11,23 +11,34 @@ from __future__ import annotations
 
 from kvmem.context.epochs import Drop, Edit, Quote, Replace, Undo
 from kvmem.context.ledger import Change, Ledger, Span
+from kvmem.context.mask import CallFormat, Mask, mask
+from kvmem.context.offload import BlobStore, Stub
 from kvmem.context.probe import Break, probe
 from kvmem.context.renderer import ChatRenderer, Renderer
 from kvmem.context.seal import Finding, find_volatile
+from kvmem.context.tail import Recital, anthropic_breakpoints, vary
 
 __all__ = [
+    "BlobStore",
     "Break",
+    "CallFormat",
     "Change",
     "ChatRenderer",
     "Drop",
     "Edit",
     "Finding",
     "Ledger",
+    "Mask",
     "Quote",
+    "Recital",
     "Renderer",
     "Replace",
     "Span",
+    "Stub",
     "Undo",
+    "anthropic_breakpoints",
     "find_volatile",
+    "mask",
     "probe",
+    "vary",
 ]

@@ -63,7 +63,7 @@ class Ledger:
         self._flat: array[int] = array(ID)
         self._flat_to = -1
         # What the request that is out adds to the ledger: what ends the last turn, and asks.
-        self._asked: tuple[int, list[int]] | None = None
+        self._asked: tuple[int, list[int], str] | None = None
 
     # -- making ------------------------------------------------------------------------------
 
@@ -243,19 +243,22 @@ class Ledger:
                 return close[n:]
         return close
 
-    def request(self, kind: Kind = "completions", **fields: Any) -> dict[str, Any]:
+    def request(
+        self, kind: Kind = "completions", *, prefill: str = "", **fields: Any
+    ) -> dict[str, Any]:
         """The body for vLLM's endpoint, the prompt as ids; then `commit` the answer, or `retract`.
 
         Args:
             kind: "completions" (/v1/completions, every version) or "chat" (/v1/chat/completions,
                 which takes `kv_transfer_params.prompt_token_ids` from vLLM 0.32 on and parses
                 tools and reasoning).
+            prefill: text that the model's turn is made to begin with (`kvmem.context.mask`).
             fields: the rest of the body: model, max_tokens, temperature, ...
         """
         lead = self._lead(self._last)
         role = _role(self._last)
-        asked = [*lead, *self._renderer.generation(role)]
-        self._asked = (len(lead), asked)
+        asked = [*lead, *self._renderer.generation(role), *self._renderer.encode(prefill)]
+        self._asked = (len(lead), asked, prefill)
         ids = [*self.tokens(), *asked]
         body: dict[str, Any] = {**fields, "return_token_ids": True}
         if self.session_id:
@@ -295,7 +298,7 @@ class Ledger:
                 "The response has no token ids",
                 next_step="Send `return_token_ids: true`, as `request` does, to a vLLM server.",
             )
-        lead, asked = self._asked
+        lead, asked, prefill = self._asked
         sent = [*self.tokens(), *asked]
         if list(echoed) != sent:
             pairs = zip(echoed, sent, strict=False)
@@ -306,7 +309,7 @@ class Ledger:
                 next_step="Send the body of `request` unchanged, one request at a time.",
                 at=at,
             )
-        message = chosen.get("message") or {"content": self._renderer.decode(sampled)}
+        message = chosen.get("message") or {"content": prefill + self._renderer.decode(sampled)}
         self._last = link(
             self._last, [*asked, *sampled], role="assistant", source="sampled",
             message=canonical({**message, "role": "assistant"}), lead=lead, sampled=len(sampled),

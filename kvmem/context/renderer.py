@@ -69,6 +69,10 @@ class Renderer(Protocol):
         """What ends the model's turn."""
         ...
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text by itself, no special tokens added; none for an empty one."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text, for people and for comparing messages; never rendered again."""
         ...

@@ -163,3 +163,10 @@ def test_a_benchmarks_newest_result_has_every_key_that_the_page_explains(name: s
 def test_the_soaks_newest_result_has_every_key_that_the_page_explains() -> None:
     assert "wrong" in soak_keys()
     assert soak_keys() - set(newest_results()["soak"]) == set()
+
+
+def test_the_context_page_has_every_rule_of_the_probe() -> None:
+    from kvmem.context.probe import RULES
+
+    page = (ROOT / "docs" / "context.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == RULES
