@@ -12,6 +12,7 @@ from __future__ import annotations
 from kvmem.context.epochs import Drop, Edit, Quote, Replace, Undo
 from kvmem.context.ledger import Change, Ledger, Span
 from kvmem.context.mask import CallFormat, Mask, mask
+from kvmem.context.mistral import MistralRenderer
 from kvmem.context.offload import BlobStore, Stub
 from kvmem.context.probe import Break, probe
 from kvmem.context.renderer import ChatRenderer, Renderer
@@ -29,6 +30,7 @@ __all__ = [
     "Finding",
     "Ledger",
     "Mask",
+    "MistralRenderer",
     "Quote",
     "Recital",
     "Renderer",

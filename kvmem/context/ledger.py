@@ -16,7 +16,7 @@ import msgspec
 
 from kvmem.context import epochs, file
 from kvmem.context.probe import RULES, probe
-from kvmem.context.renderer import ChatRenderer, Message, Renderer, canonical
+from kvmem.context.renderer import Message, Probed, Renderer, canonical
 from kvmem.context.seal import digest_of, find_volatile
 from kvmem.context.spans import HEAD, ID, Link, Span, chain, link, spans_of
 from kvmem.errors import ConfigError, PrefixBroken
@@ -102,8 +102,9 @@ class Ledger:
                 next_step=f"Known: {', '.join(RULES)}.",
                 setting="accept",
             )
-        if isinstance(renderer, ChatRenderer):
-            broken = [b for b in probe(renderer) if b.rule not in accept]
+        if isinstance(renderer, Probed):
+            found = probe(renderer, system=system is not None, tools=bool(tools))
+            broken = [b for b in found if b.rule not in accept]
             if broken:
                 rules = tuple(dict.fromkeys(b.rule for b in broken))
                 raise PrefixBroken(

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from kvmem.context.renderer import ChatRenderer
+from kvmem.context.renderer import Probed
 from kvmem.errors import PrefixBroken
 
 __all__ = ["RULES", "Break", "probe"]
@@ -89,15 +89,25 @@ def _conversations() -> Iterator[tuple[str, str, list[dict[str, Any]], list[Any]
     )  # fmt: skip
 
 
-def probe(renderer: ChatRenderer) -> tuple[Break, ...]:
+def probe(
+    renderer: Probed, *, system: bool | None = None, tools: bool | None = None
+) -> tuple[Break, ...]:
     """Every conversation both ways; the rules that are broken, none where all is as it should be.
 
     Tens of milliseconds.
+
+    Args:
+        renderer: whose.
+        system: only with a system prompt, or only without; None tries both.
+        tools: whether conversations with tools matter; None: they do.
     """
+    with_system = (True, False) if system is None else (system,)
     found = []
-    for name, suspected, messages, tools in _conversations():
-        for system in ("You are exact.", None):
-            broken = _compare(renderer, name, suspected, messages, tools, system)
+    for name, suspected, messages, its_tools in _conversations():
+        if its_tools and tools is False:
+            continue
+        for head in ("You are exact." if one else None for one in with_system):
+            broken = _compare(renderer, name, suspected, messages, its_tools, head)
             if broken is not None:
                 found.append(broken)
                 break
@@ -105,7 +115,7 @@ def probe(renderer: ChatRenderer) -> tuple[Break, ...]:
 
 
 def _compare(
-    renderer: ChatRenderer,
+    renderer: Probed,
     name: str,
     suspected: str,
     messages: Sequence[Mapping[str, Any]],
@@ -114,7 +124,7 @@ def _compare(
 ) -> Break | None:
     first = [] if system is None else [{"role": "system", "content": system}]
     try:
-        whole = renderer.encode(renderer.text([*first, *messages], tools=tools))
+        whole = renderer.whole([*first, *messages], tools)
     except PrefixBroken as error:
         return Break("refused", name, 0, str(error), "")
     try:
@@ -133,7 +143,7 @@ def _compare(
 
 
 def _in_pieces(
-    renderer: ChatRenderer,
+    renderer: Probed,
     system: str | None,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any],

@@ -11,20 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from kvmem.errors import PrefixBroken
 
-__all__ = ["ChatRenderer", "Message", "Renderer", "canonical"]
+__all__ = ["BASES", "CALL", "ChatRenderer", "Message", "Probed", "Renderer", "canonical"]
 
 Message = Mapping[str, Any]
-_CALL = {
+CALL = {
     "id": "call00000",
     "type": "function",
     "function": {"name": "look_up", "arguments": {"key": "value"}},
 }
 # A short conversation that ends with each role.
-_BASES: dict[str, list[dict[str, Any]]] = {
+BASES: dict[str, list[dict[str, Any]]] = {
     "user": [{"role": "user", "content": "Hello."}],
     "assistant": [
         {"role": "user", "content": "Hello."},
@@ -32,7 +32,7 @@ _BASES: dict[str, list[dict[str, Any]]] = {
     ],
     "tool": [
         {"role": "user", "content": "Hello."},
-        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "call00000", "name": "look_up", "content": "found"},
     ],
 }
@@ -75,6 +75,15 @@ class Renderer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text, for people and for comparing messages; never rendered again."""
+        ...
+
+
+@runtime_checkable
+class Probed(Renderer, Protocol):
+    """A renderer that can say what the whole would be, so that its pieces can be held to it."""
+
+    def whole(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """Ids of a whole conversation, as a server makes them from its messages."""
         ...
 
 
@@ -135,6 +144,10 @@ class ChatRenderer:
                 next_step="Give messages in the order and with the fields that the model knows.",
             ) from error
 
+    def whole(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """See `Probed`."""
+        return self._ids(self.text(messages, tools=tools))
+
     def _ids(self, text: str) -> list[int]:
         return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
@@ -148,7 +161,7 @@ class ChatRenderer:
 
     def _knows_system(self) -> bool:
         try:
-            told = self.text([{"role": "system", "content": "Be brief."}, *_BASES["user"]])
+            told = self.text([{"role": "system", "content": "Be brief."}, *BASES["user"]])
         except PrefixBroken:
             return False
         return "Be brief." in told
@@ -159,13 +172,13 @@ class ChatRenderer:
         first = [{"role": "system", "content": "Be brief."}] if self._system else []
         if last_role == "system":
             return first
-        if last_role not in _BASES:
+        if last_role not in BASES:
             raise PrefixBroken(
                 f"A message of role {last_role!r} is not known",
                 next_step="Use system, user, assistant or tool.",
                 role=last_role,
             )
-        return [*first, *_BASES[last_role]]
+        return [*first, *BASES[last_role]]
 
     def _added(self, before: str, after: str, what: str) -> str:
         """What `after` has beyond `before`; the template must have left that as it was."""
@@ -184,10 +197,10 @@ class ChatRenderer:
     def head(self, system: str | None, tools: Sequence[Any]) -> list[int]:
         """See `Renderer`: the text of system and first user message, less what the latter adds."""
         given = [] if system is None else [{"role": "system", "content": system}]
-        user = _BASES["user"][0]
+        user = BASES["user"][0]
         whole = self.text([*given, user], tools=tools)
-        two = self.text([*given, user, *_BASES["assistant"][1:], user], tools=tools)
-        one = self.text([*given, user, *_BASES["assistant"][1:]], tools=tools)
+        two = self.text([*given, user, *BASES["assistant"][1:], user], tools=tools)
+        one = self.text([*given, user, *BASES["assistant"][1:]], tools=tools)
         added = self._added(one, two, "a user's message")
         if not whole.endswith(added):
             raise PrefixBroken(

@@ -104,6 +104,36 @@ def test_stats_are_of_the_running_engine(server: Server, arena: str) -> None:
     assert after["failures"] == 0
 
 
+@pytest.mark.parametrize("kind", ["completions", "chat"])
+def test_a_ledger_is_asked_and_answered_by_ids(server: Server, smollm2: str, kind: Any) -> None:
+    import transformers
+
+    from kvmem.context import ChatRenderer, Ledger
+
+    renderer = ChatRenderer.of(transformers.AutoTokenizer.from_pretrained(smollm2))
+    system = f"You are {kind}, one of a team that plans long journeys by sea. " * 6
+    ledger = Ledger.open(renderer, system=system, session_id=f"ledger-{kind}")
+    path = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}[kind]
+    had = 0
+    for turn in range(3):
+        ledger.append({"role": "user", "content": f"Question {turn}: where to, and why?"})
+        body = ledger.request(kind, model="smol", max_tokens=24, temperature=1.0, seed=turn)
+        told = httpx.post(
+            server.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=120
+        )
+        assert told.status_code == 200, told.text
+        response = told.json()
+        span = ledger.commit(response)  # it compares what the engine was asked
+        assert 0 < span.sampled <= 24
+        asked = span.stop - span.sampled
+        tokens = response["kv_transfer_params"]["kvmem"]["tokens"]
+        assert tokens["prompt"] == asked
+        # All of the last prompt and reply but its last token, in whole blocks.
+        assert tokens["device"] + tokens["host"] == min(had, asked - 1) // 32 * 32
+        had = span.stop - 1
+    assert [m["role"] for m in ledger.messages()] == ["system", *["user", "assistant"] * 3]
+
+
 @pytest.fixture
 def switch(server: Server) -> Iterator[Callable[..., dict[str, bool]]]:
     """Switches over HTTP, or tells what stands; both are on afterwards."""

@@ -128,6 +128,20 @@ def test_changed_weights_restore_and_keep_nothing() -> None:
         assert tokens == plain(model, ids, 8)
 
 
+def test_a_model_made_in_inference_mode_is_served() -> None:
+    with torch.inference_mode():
+        model = llama(seed=6)
+    ids = prompt(64)
+    with PrefixStore(model, host_gb=GB, max_tokens=128) as store:
+        answer(store, ids)
+        out, tokens = answer(store, ids)
+        assert out.report.restored_tokens == 48
+        assert tokens == plain(model, ids, 8)
+        with torch.inference_mode():
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2, False)
+        assert answer(store, ids)[0].report.missing == "weights"
+
+
 def test_other_weights_and_other_blocks_are_other_namespaces(store: PrefixStore) -> None:
     with PrefixStore(llama(), host_gb=GB, max_tokens=64) as same:
         assert same.namespace == store.namespace

@@ -41,7 +41,11 @@ class Weights:
 
     def _look(self) -> list[tuple[str, int, int]]:
         """Each tensor's name, address and version: writes in place count the version up."""
-        return [(name, t.data_ptr(), t._version) for name, t in _tensors(self._model)]
+        return [
+            # Of tensors made in inference mode torch does not count writes.
+            (name, t.data_ptr(), -1 if t.is_inference() else t._version)
+            for name, t in _tensors(self._model)
+        ]
 
     def changed(self) -> bool:
         """Whether a tensor was replaced or written to, added or taken away, since."""
