@@ -235,8 +235,8 @@ class Ledger:
 
     def _lead(self, last: Link) -> list[int]:
         """What ends the model's turn, less what the model has sampled of it."""
-        if last.span.sampled == 0 and last.span.role != "assistant":
-            return []
+        if last.span.source != "sampled":
+            return []  # a rendered turn has its end
         close = self._renderer.close()
         said = last.ids[len(last.ids) - last.span.sampled :].tolist()
         for n in range(min(len(close), len(said)), 0, -1):
@@ -380,13 +380,13 @@ class Ledger:
             PrefixBroken: a request is out, or an edit names no message.
         """
         self._settled("rewritten")
-        pieces = epochs.edited(chain(self._last), edits)
-        last = self._last
-        while last.before is not None and not (
-            last.index < len(pieces) and pieces[last.index] is last
-        ):
-            last = last.before
-        for piece in pieces[last.index + 1 :]:
+        links = chain(self._last)
+        pieces = epochs.edited(links, edits)
+        shared = 1  # the head; then all before the first difference
+        while shared < min(len(links), len(pieces)) and pieces[shared] is links[shared]:
+            shared += 1
+        last = links[shared - 1]
+        for piece in pieces[shared:]:
             last = self._again(last, piece)
         return self._with(last, epoch=self.epoch + 1, supersedes=self.digest)
 
@@ -401,7 +401,11 @@ class Ledger:
             )  # fmt: skip
         span = piece.span
         if span.source == "sampled":
-            said = piece.ids[len(piece.ids) - span.sampled :].tolist()
+            # What asked the model was made for the turn before; what it was given to begin with
+            # and what it sampled stay.
+            before = piece.before if piece.before is not None else last
+            asked = len(self._renderer.generation(_role(before)))
+            said = piece.ids[span.lead + asked :].tolist()
             body = [*self._renderer.generation(_role(last)), *said]
         elif span.source == "rendered":
             message = msgspec.json.decode(span.message)

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvmem.context import ChatRenderer, Drop, Ledger, Undo
+from kvmem.context import ChatRenderer, Drop, Ledger, Replace, Undo
 from kvmem.errors import PrefixBroken
 from tests.tiny_tokenizers import tokenizer
 
@@ -50,7 +50,7 @@ class Ledgers(RuleBasedStateMachine):
         return self.add(one, one.tokens(), told)
 
     @rule(number=ledgers, texts=st.lists(TEXTS, min_size=1, max_size=3),
-          role=st.sampled_from(["user", "tool", "system"]))  # fmt: skip
+          role=st.sampled_from(["user", "tool", "system", "assistant"]))  # fmt: skip
     def append(self, number: int, texts: list[str], role: str) -> None:
         one, ids, told = self.wanted[number]
         one.append(*({"role": role, "content": text} for text in texts))
@@ -104,6 +104,19 @@ class Ledgers(RuleBasedStateMachine):
         assert one.spans[first - 1].stop <= kept
         return self.add(new, new.tokens(), told[:first] + told[last + 1 :])
 
+    @rule(target=ledgers, number=ledgers, text=TEXTS, data=st.data())
+    def replace(self, number: int, text: str, data: Any) -> int:
+        one, ids, told = self.wanted[number]
+        n = len(one.spans) - 1
+        if n == 0:
+            return number
+        first = data.draw(st.integers(1, n))
+        last = data.draw(st.integers(first, n))
+        message = {"role": "user", "content": text}
+        new = one.rewrite(Replace(first, last, message))
+        assert one.tokens() == ids
+        return self.add(new, new.tokens(), [*told[:first], message, *told[last + 1 :]])
+
     @rule(target=ledgers, number=ledgers)
     def keep(self, number: int) -> int:
         one, ids, told = self.wanted[number]
@@ -128,6 +141,9 @@ class Ledgers(RuleBasedStateMachine):
             assert one.n_tokens == len(ids)
             assert one.messages() == told
             assert one.check(told) == []
+            # The same as the template over all of it, but for an end that the model left out.
+            whole = RENDERER.encode(RENDERER.text(told))
+            assert whole[: len(ids)] == ids
 
 
 TestLedgers = Ledgers.TestCase

@@ -82,6 +82,19 @@ def test_a_request_begins_with_all_that_was_sent_and_sampled() -> None:
         assert one.tokens() == before
 
 
+def test_examples_of_answers_can_be_given_and_an_empty_answer_is_ended() -> None:
+    one = ledger()
+    one.append(user("2+2?"), {"role": "assistant", "content": "4"}, user("3+3?"))
+    one.commit(answer(one, "", end=False))
+    one.append(user("and?"))
+    wanted = [{"role": "system", "content": "You are exact."}, user("2+2?"),
+              {"role": "assistant", "content": "4"}, user("3+3?"),
+              {"role": "assistant", "content": ""}, user("and?")]  # fmt: skip
+    assert one.messages() == wanted
+    whole = RENDERER.encode(RENDERER.text(wanted, tools=TOOLS, generation=True))
+    assert one.request()["prompt"] == whole
+
+
 def test_bodies_carry_ids_session_and_salt() -> None:
     one = ledger(cache_salt="s")
     one.append(user("hello"))
@@ -321,6 +334,33 @@ def test_a_summary_stands_where_it_replaced_and_undo_takes_turns_back() -> None:
     new = one.rewrite(Replace(1, 8, user("summary")), Undo(1))
     assert [m["content"] for m in new.messages()[:2]] == ["You are exact.", "summary"]
     assert len(new.spans) == 1 + 1 + 2
+    whole = RENDERER.encode(RENDERER.text(new.messages(), tools=TOOLS))
+    assert whole[: new.n_tokens] == new.tokens()
+
+
+def test_one_message_put_for_another_is_an_edit_too() -> None:
+    one = long_ledger()
+    for index in (1, 5, 11):
+        new = one.rewrite(Replace(index, index, user("other")))
+        wanted = one.messages()
+        wanted[index] = user("other")
+        assert new.messages() == wanted
+        whole = RENDERER.encode(RENDERER.text(wanted, tools=TOOLS))
+        assert whole[: new.n_tokens] == new.tokens()
+        assert new.spans[:index] == one.spans[:index]
+
+
+def test_what_a_turn_was_made_to_begin_with_survives_an_edit() -> None:
+    one = ledger()
+    turn(one, "a", "b")
+    one.append(user("call"))
+    sent = one.request(prefill="<call>")["prompt"]
+    assert sent[-6:] == RENDERER.encode("<call>")
+    one.commit(
+        {"prompt_token_ids": sent, "choices": [{"token_ids": RENDERER.encode("f</call>") + END}]}
+    )
+    assert one.messages()[-1]["content"] == "<call>f</call>"
+    new = one.rewrite(Drop(1, 2))
     whole = RENDERER.encode(RENDERER.text(new.messages(), tools=TOOLS))
     assert whole[: new.n_tokens] == new.tokens()
 
