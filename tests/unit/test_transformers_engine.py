@@ -197,6 +197,28 @@ def test_what_more_than_tokens_went_into_is_not_kept(
         assert cache.keep() == 0
 
 
+def test_autocast_and_dropout_keep_nothing_and_autocast_restores_nothing(
+    store: PrefixStore,
+) -> None:
+    model = store.model
+    ids = torch.tensor([prompt(64)])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), store.open(ids) as cache:
+        model(input_ids=ids, past_key_values=cache)
+        assert cache.keep() == 0
+    model.train()
+    try:
+        with torch.inference_mode(), store.open(ids) as cache:
+            model(input_ids=ids, past_key_values=cache)
+            assert cache.keep() == 0
+    finally:
+        model.eval()
+    answer(store, ids[0].tolist())
+    with torch.autocast("cpu", torch.bfloat16), store.open(ids) as cache:
+        assert (cache.report.restored_tokens, cache.report.missing) == (0, "autocast")
+    with store.open(ids) as cache:
+        assert cache.report.restored_tokens == 48
+
+
 def test_what_was_cropped_is_kept_under_what_replaced_it(store: PrefixStore, model: Any) -> None:
     first, second = prompt(64), prompt(40, seed=5)
     whole = first[:30] + second

@@ -238,15 +238,20 @@ class BlockCache(Cache):
         for layer in self._lane:
             layer.length = len(tokens)
 
-    def feed(self, kwargs: dict[str, Any], args: tuple[Any, ...]) -> None:
-        """The model is about to run on this cache with these arguments."""
+    def feed(self, kwargs: dict[str, Any], args: tuple[Any, ...], *, exact: bool = True) -> None:
+        """The model is about to run on this cache with these arguments.
+
+        Args:
+            kwargs, args: of its forward.
+            exact: whether the tokens alone make the numbers, in the model's own precision.
+        """
         if not self.open:
             raise EngineError("This cache is closed", next_step="Open another for the sequence.")
         n_before = self.get_seq_length()
         self._known = self._known and n_before <= len(self.fed)
         del self.fed[n_before:]  # cropped
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None or not self._plain(ids, kwargs, n_before):
+        if ids is None or not exact or not self._plain(ids, kwargs, n_before):
             self._known = False
         if self._known:
             self.fed += ids[0].tolist()

@@ -46,7 +46,8 @@ class Restored(msgspec.Struct, frozen=True):
         from_disk_tokens: of those, brought up from the disk for it.
         missing: why not more: "none" where all that can be was, "new" for tokens never kept,
             "evicted", "quarantined", "failed" for a copy that did, "weights" when the model's have
-            changed since, "proof" when blocks did not come back right in a trial at the start.
+            changed since, "autocast" under that, which makes other numbers, "proof" when blocks did
+            not come back right in a trial at the start.
         seconds: looking up, copying and checking.
     """
 
@@ -239,6 +240,8 @@ class PrefixStore:
             return 0, 0, "proof"
         if self._weights.changed():
             return 0, 0, "weights"
+        if torch.is_autocast_enabled(self.model.device.type):
+            return 0, 0, "autocast"
         limit = min(len(ids) - 1, self._pool.lane_blocks * self._pool.block_tokens)
         if limit < self._pool.block_tokens:
             return 0, 0, "new"
@@ -363,8 +366,10 @@ class PrefixStore:
         return f"<PrefixStore of {type(self.model).__name__}: {blocks:,} blocks, {tokens:,} tokens>"
 
 
-def _feed(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _feed(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before every forward of the model: a cache of ours notes what it is fed."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, BlockCache):
-        cache.feed(kwargs, args)
+        # Dropout and autocast have a part in the numbers.
+        exact = not module.training and not torch.is_autocast_enabled(module.device.type)
+        cache.feed(kwargs, args, exact=exact)
