@@ -16,7 +16,7 @@ from kvmem.context.mistral import MistralRenderer
 from kvmem.context.offload import BlobStore, Stub
 from kvmem.context.probe import Break, probe
 from kvmem.context.renderer import ChatRenderer, Renderer
-from kvmem.context.seal import Finding, find_volatile
+from kvmem.context.seal import Finding, find_volatile, move_to_tail
 from kvmem.context.tail import Recital, anthropic_breakpoints, vary
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "anthropic_breakpoints",
     "find_volatile",
     "mask",
+    "move_to_tail",
     "probe",
     "vary",
 ]

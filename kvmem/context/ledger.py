@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from kvmem.context import epochs, file
+from kvmem.context.offload import BlobStore
 from kvmem.context.probe import RULES, probe
 from kvmem.context.renderer import Message, Probed, Renderer, canonical
 from kvmem.context.seal import digest_of, find_volatile
@@ -232,6 +233,22 @@ class Ledger:
             self._last, [*lead, *ids] if lead else ids, role=role, source="given",
             message=told, lead=len(lead), pinned=pin,
         )  # fmt: skip
+
+    def restore(self, store: BlobStore, uri: str, **fields: Any) -> None:
+        """Appends what a stub stands for, byte for byte, as a tool's message (or `fields`' role).
+
+        Raises:
+            ConfigError, CorruptBlock: see `BlobStore.get`.
+            PrefixBroken: a request is out, or the bytes are no text.
+        """
+        data = store.get(uri)
+        try:
+            content = data.decode()
+        except UnicodeDecodeError as error:
+            raise PrefixBroken(
+                f"{uri} is no UTF-8 text", next_step="Append a description of it.", uri=uri
+            ) from error
+        self.append({"role": "tool", **fields, "content": content})
 
     def _lead(self, last: Link) -> list[int]:
         """What ends the model's turn, less what the model has sampled of it."""

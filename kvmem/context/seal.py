@@ -16,7 +16,7 @@ import msgspec
 
 from kvmem.context.renderer import canonical
 
-__all__ = ["Finding", "find_volatile"]
+__all__ = ["Finding", "find_volatile", "move_to_tail"]
 
 _MONTH = "(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*"
 _HEX = "[0-9a-f]"
@@ -72,6 +72,19 @@ def find_volatile(system: str | None, tools: Sequence[Any] = ()) -> tuple[Findin
         if not isinstance(tool, str) and _unordered(tool):
             found.append(Finding("unordered", where, 0, len(text), text))
     return tuple(sorted(found, key=lambda f: (f.where, f.start)))
+
+
+def move_to_tail(system: str) -> tuple[str, str]:
+    """The system prompt with every volatile piece out of it, and the text that says them instead:
+    to be appended in a message, each time anew. Empty where nothing is volatile.
+    """
+    kept, said, at = [], [], 0
+    for number, found in enumerate(find_volatile(system), 1):
+        name = f"{found.rule} {number}"
+        kept += [system[at : found.start], f"[{name}: said at the end]"]
+        said.append(f"{name}: {found.text}")
+        at = found.stop
+    return "".join([*kept, system[at:]]), "\n".join(said)
 
 
 def _in_text(where: str, text: str) -> Iterator[Finding]:

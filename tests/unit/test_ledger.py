@@ -14,12 +14,14 @@ import pytest
 pytest.importorskip("transformers")
 
 from kvmem.context import (
+    BlobStore,
     ChatRenderer,
     Drop,
     Ledger,
     Replace,
     Undo,
     find_volatile,
+    move_to_tail,
     probe,
 )
 from kvmem.errors import ConfigError, PrefixBroken
@@ -289,6 +291,30 @@ def test_a_stable_head_is_sealed() -> None:
     assert find_volatile(text, TOOLS) == ()
     (found,) = find_volatile(None, [{"name": "t", "enum": {"b", "a"}}])
     assert (found.rule, found.where) == ("unordered", "tools.0")
+
+
+def test_a_volatile_head_is_made_stable_and_its_pieces_are_said_at_the_tail() -> None:
+    day = "You are exact. Today is 2026-11-26, turn 3 of 9. Be brief."
+    next_day = day.replace("26,", "27,").replace("turn 3", "turn 4")
+    (first, said), (second, _) = move_to_tail(day), move_to_tail(next_day)
+    assert first == second
+    assert find_volatile(first) == ()
+    assert said == "date 1: 2026-11-26\ncounter 2: turn 3 of 9"
+    assert move_to_tail("Be brief.") == ("Be brief.", "")
+
+
+def test_what_was_left_out_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    one = ledger()
+    result = "größe\r\n" * 4000
+    one.append(user("run"), store.message({"role": "tool", "content": result}))
+    assert one.n_tokens < 2000
+    stub = store.put(result)
+    assert stub.uri in one.messages()[-1]["content"]
+    one.restore(store, stub.uri, tool_call_id="1")
+    assert one.messages()[-1] == {"role": "tool", "tool_call_id": "1", "content": result}
+    with pytest.raises(PrefixBroken, match="no UTF-8 text"):
+        one.restore(store, store.put(b"\xff").uri)
 
 
 def long_ledger() -> Ledger:
