@@ -85,14 +85,18 @@ class Soak:
     async def _traffic(self, client: Client, round_: Round, until: float) -> None:
         if round_.switched:
             await self._switch(client, on=False)
+        answered = asyncio.Semaphore(0)  # once by each stream
         async with asyncio.TaskGroup() as tasks:
             for stream in range(self._plan.streams):
-                tasks.create_task(self._stream(client, stream, until))
+                tasks.create_task(self._stream(client, stream, until, answered))
             await asyncio.sleep(max(0.0, until - time.monotonic()) / 2)
             if round_.amid is not None:
                 # Yes or no, either is right while requests hold blocks.
                 await self._reset(client, round_.amid, "amid")
             if round_.switched:
+                # However late it is: without traffic meanwhile nothing would be shown.
+                for _ in range(self._plan.streams):
+                    await answered.acquire()
                 await self._switch(client, on=True)
 
     async def _switch(self, client: Client, *, on: bool) -> None:
@@ -105,14 +109,20 @@ class Soak:
         await client.switch(on=on)
         self.happened[f"switched {'on' if on else 'off'}"] += 1
 
-    async def _stream(self, client: Client, stream: int, until: float) -> None:
+    async def _stream(
+        self, client: Client, stream: int, until: float, answered: asyncio.Semaphore
+    ) -> None:
         asked, at_last = 0, time.monotonic() + _LATEST * self._plan.round_s
-        while (now := time.monotonic()) < until or (
-            asked < self._plan.least_asks and now < at_last
+        while (
+            asked == 0
+            or (now := time.monotonic()) < until
+            or (asked < self._plan.least_asks and now < at_last)
         ):
             asked += 1
             ask = self._next[stream]
             answer = await self._ask(client, ask)
+            if asked == 1:
+                answered.release()
             reply = answer.tokens if answer is not None else None
             self._next[stream] = self._scripts[stream].send(reply)
 

@@ -146,6 +146,14 @@ def test_a_load_while_loads_are_off_is_found(plan: Plan) -> None:
     assert failure.startswith("switched off: blocks loaded")
 
 
+def test_it_is_found_however_late_the_rounds_are(plan: Plan) -> None:
+    server = Server()
+    server.obeys = False
+    late = msgspec.structs.replace(plan, minutes=1e-6)  # every round's time is over as it begins
+    (failure,) = played(server, late).failed
+    assert failure.startswith("switched off: blocks loaded")
+
+
 def test_a_request_that_fails_is_found_and_the_traffic_goes_on(plan: Plan) -> None:
     server = Server()
     server.refuses = lambda body: body.get("cache_salt") == "tenant-a" and len(server.asked) < 60
