@@ -95,14 +95,19 @@ def test_progress_is_told_all_along(played: tuple[Path, str]) -> None:
 @pytest.fixture
 def interrupted(smollm2: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     assert smollm2
-    process = subprocess.Popen(
-        [*DEMO, str(tmp_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    # A shell that starts these tests in the background ignores it, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            [*DEMO, str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     yield process
     process.kill()
     process.wait()
