@@ -196,7 +196,8 @@ class Ledger:
 
         Args:
             messages: as an OpenAI client sends them.
-            pin: edits of history leave them in.
+            pin: edits of history leave them in. Tools' errors are pinned without it (`is_error`,
+                or a `status` of "error"): what went wrong is not to be tried again.
 
         Raises:
             PrefixBroken: a request is out, or the template refuses or rewrites.
@@ -214,7 +215,7 @@ class Ledger:
             ids = [*lead, *self._renderer.suffix(_role(last), message)]
             last = link(
                 last, ids, role=str(message["role"]), source="rendered",
-                message=canonical(message), lead=len(lead), pinned=pin,
+                message=canonical(message), lead=len(lead), pinned=pin or _is_error(message),
             )  # fmt: skip
         self._last = last
 
@@ -471,6 +472,10 @@ class Ledger:
             session_id=saved.session_id, cache_salt=saved.cache_salt, epoch=saved.epoch,
             supersedes=saved.supersedes,
         )  # fmt: skip
+
+
+def _is_error(message: Message) -> bool:
+    return message.get("is_error") is True or message.get("status") == "error"
 
 
 def _differ(a: Any, b: Any) -> bool:

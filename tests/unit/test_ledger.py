@@ -402,6 +402,15 @@ def test_pinned_spans_survive_every_edit() -> None:
         assert "c" not in left
 
 
+@pytest.mark.parametrize("mark", [{"is_error": True}, {"status": "error"}])
+def test_a_tool_s_error_is_pinned_by_itself(mark: dict[str, Any]) -> None:
+    one = ledger()
+    one.append(user("run"), {"role": "tool", "content": "no such file", **mark},
+               {"role": "tool", "content": "fine"})  # fmt: skip
+    assert [span.pinned for span in one.spans] == [False, False, True, False]
+    assert [m["content"] for m in one.rewrite(Drop(1, 3)).messages()][1:] == ["no such file"]
+
+
 @pytest.mark.parametrize(
     "edits",
     [[Drop(0, 1)], [Drop(2, 1)], [Drop(1, 99)], [Undo(9)], [Undo(0)], [Drop(1, 2), Drop(2, 3)]],
