@@ -330,7 +330,7 @@ class SlotCopier:
     def slot_bytes(self) -> int: ...
 
 class DiskCodec:
-    """How blocks are stored shorter, and exact. One thread."""
+    """How blocks are stored shorter. One thread."""
 
     def __init__(self) -> None: ...
 
@@ -412,10 +412,11 @@ class DiskStore:
             ValueError: the arena is none, or an argument is out of range.
         """
 
-    def begin(self, write: bool, ticket: int, slot: int, slot_generation: int, record: int, record_generation: int, group: int, key: bytes, parent: bytes, depth: int) -> bool:
+    def begin(self, write: bool, ticket: int, slot: int, slot_generation: int, record: int, record_generation: int, group: int, key: bytes, parent: bytes, depth: int, codec: int = 0) -> bool:
         """
         Queues a copy of a block to its record, or from it; False where the queue is full.
-        One operation on a record at a time.
+        One operation on a record at a time. `codec`, of a write: 8 to 10, that it may be stored
+        as int8, approximately; 0 that it may not.
         """
 
     def drop(self, record: int) -> int:

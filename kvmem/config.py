@@ -27,6 +27,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk_gb: Annotated[float, Meta(ge=0.0, le=1048576.0)] = 0.0
     disk_path: Annotated[str, Meta(min_length=1)] = "~/.cache/kvmem/blocks"
     disk_codec: Literal["auto", "none"] = "auto"
+    approximate_salt: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
     arena: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] | None = None
     eviction: Literal["s3fifo", "lru"] = "s3fifo"
     load: bool = True
@@ -122,6 +123,12 @@ _document(
     "auto or none",
     "auto stores blocks shorter, and exact, where measuring the first of them shows that it pays.",
     "zstd on the disk's own threads, at a write and at a read.",
+)
+_document(
+    "approximate_salt",
+    "prefix of cache_salt, or unset for none",
+    "Requests whose cache_salt begins so may be answered from int8: half the disk, approximately.",
+    "They share no block with requests of other salts; bench_codec has how near they are.",
 )
 _document(
     "arena",

@@ -7,7 +7,11 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["GroupShape", "Namespace"]
+__all__ = ["INT8_CODECS", "GroupShape", "Namespace"]
+
+
+# The disk's approximate codec for elements of each kind (docs/formats.md, "stored").
+INT8_CODECS = {"bfloat16": 8, "float16": 9, "float32": 10}
 
 
 class GroupShape(msgspec.Struct, frozen=True):
@@ -71,7 +75,8 @@ NO_PARENT = bytes(32)  # of a prompt's first block, and of blocks that stand by 
 class Move(msgspec.Struct, frozen=True):
     """One block's way between a slot of the host arena and a record of the disk.
 
-    `parent` and `depth` (blocks before it) are for the way down.
+    `parent`, `depth` (blocks before it) and `codec` (one of `INT8_CODECS`, or 0 for exact) are for
+    the way down.
     """
 
     ticket: int
@@ -83,6 +88,7 @@ class Move(msgspec.Struct, frozen=True):
     record_generation: int
     parent: bytes = NO_PARENT
     depth: int = 0
+    codec: int = 0
 
 
 class Moved(msgspec.Struct, frozen=True):

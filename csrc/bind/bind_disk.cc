@@ -92,7 +92,7 @@ class PyDiskStore {
 
   bool Begin(bool write, uint64_t ticket, int64_t slot, uint64_t slot_generation, int64_t record,
              uint64_t record_generation, uint32_t group, const nb::bytes& key,
-             const nb::bytes& parent, uint32_t depth) {
+             const nb::bytes& parent, uint32_t depth, uint32_t codec) {
     DiskStore& store = Opened();
     Require(slot >= 0 && static_cast<uint64_t>(slot) < store.n_slots(), "no such slot");
     CheckRecord(record);
@@ -103,7 +103,10 @@ class PyDiskStore {
     move.record = static_cast<uint64_t>(record);
     move.record_generation = record_generation;
     move.group = group;
+    Require(codec == 0 || (write && IsApproximate(codec)),
+            "codec must be 0, or 8 to 10 of a write");
     move.depth = depth;
+    move.codec = codec;
     CopyKey(key, move.key, "key");
     CopyKey(parent, move.parent, "parent");
     return write ? store.Write(move) : store.Read(move);
@@ -184,7 +187,7 @@ class PyDiskStore {
 class PyDiskCodec {
  public:
   nb::object Encode(uint32_t how, Plain from) {
-    Require(how == 2 || how == 4, "codec must be 2 or 4");
+    Require(how != 0 && IsCodec(how), "codec must be 2, 4 or 8 to 10");
     std::vector<uint8_t> stored(from.size());
     size_t n = 0;
     {
@@ -285,7 +288,7 @@ class PyDiskVerifier {
 }  // namespace
 
 void RegisterDisk(nb::module_& m) {
-  nb::class_<PyDiskCodec>(m, "DiskCodec", "How blocks are stored shorter, and exact. One thread.")
+  nb::class_<PyDiskCodec>(m, "DiskCodec", "How blocks are stored shorter. One thread.")
       .def(nb::init<>())
       .def_static("available", &DiskCodec::Available, "Whether this machine has libzstd.so.1.")
       .def("encode", &PyDiskCodec::Encode, "codec"_a, "block"_a.noconvert(),
@@ -333,8 +336,11 @@ void RegisterDisk(nb::module_& m) {
            "    ValueError: the arena is none, or an argument is out of range.")
       .def("begin", &PyDiskStore::Begin, "write"_a, "ticket"_a, "slot"_a, "slot_generation"_a,
            "record"_a, "record_generation"_a, "group"_a, "key"_a, "parent"_a, "depth"_a,
+           "codec"_a = 0,
            "Queues a copy of a block to its record, or from it; False where the queue is full.\n"
-           "One operation on a record at a time.")
+           "One operation on a record at a time. `codec`, of a write: 8 to 10, that it may be "
+           "stored\n"
+           "as int8, approximately; 0 that it may not.")
       .def("drop", &PyDiskStore::Drop, "record"_a, "The record holds nothing any more; 0 or errno.")
       .def("clear", &PyDiskStore::Clear, "No record holds anything any more; 0 or errno.")
       .def("poll", &PyDiskStore::Poll,

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <vector>
 
+#include "disk/int8.h"
+
 namespace kvmem {
 namespace {
 
@@ -98,6 +100,7 @@ bool DiskCodec::Available() { return TheZstd() != nullptr; }
 
 size_t DiskCodec::Encode(uint32_t codec, const std::byte* from, size_t n, std::byte* to,
                          size_t room) {
+  if (IsApproximate(codec)) return EncodeInt8(codec, from, n, to, room);
   Contexts& c = *contexts_;
   if (!c.ready() || n == 0 || n % codec != 0) return 0;
   const size_t n_elements = n / codec;
@@ -118,6 +121,7 @@ size_t DiskCodec::Encode(uint32_t codec, const std::byte* from, size_t n, std::b
 
 bool DiskCodec::Decode(uint32_t codec, const std::byte* from, size_t n_stored, std::byte* to,
                        size_t n) {
+  if (IsApproximate(codec)) return DecodeInt8(codec, from, n_stored, to, n);
   Contexts& c = *contexts_;
   uint32_t n_frame = 0;
   if (!c.ready() || (codec != 2 && codec != 4) || n % codec != 0 || n_stored < sizeof n_frame) {

@@ -1,4 +1,4 @@
-// How a block's bytes are stored: as they are, or shorter, and exact either way.
+// How a block's bytes are stored: as they are, or shorter, and exact but for the int8 codecs.
 //
 //   0   as they are
 //   2   elements of 2 bytes (bf16, fp16): the high bytes as one zstd frame, the low bytes as they
@@ -7,8 +7,13 @@
 //
 //   stored := frame_length (u32) frame low_bytes
 //
-// zstd is the machine's own libzstd.so.1, looked up at the first use; without it every block is
-// stored as it is.
+//   8   bf16, 9 fp16, 10 float32, approximate (I10): whole numbers of 8 bits, and a scale for each
+//       64 elements: the largest of their magnitudes over 127, as bf16 rounded away from zero
+//
+//   stored := scales (bf16 each) numbers (int8 each); element = number * scale, rounded
+//
+// zstd is the machine's own libzstd.so.1, looked up at the first use; without it no
+// block is stored by 2 or 4.
 //
 // Thread safety: DiskCodec none, one a thread; CodecChoice any.
 #pragma once
@@ -21,7 +26,11 @@
 
 namespace kvmem {
 
-inline bool IsCodec(uint32_t codec) { return codec == 0 || codec == 2 || codec == 4; }
+inline bool IsApproximate(uint32_t codec) { return codec >= 8 && codec <= 10; }
+inline bool NeedsZstd(uint32_t codec) { return codec == 2 || codec == 4; }
+inline bool IsCodec(uint32_t codec) {
+  return codec == 0 || NeedsZstd(codec) || IsApproximate(codec);
+}
 
 class DiskCodec {
  public:
@@ -33,8 +42,9 @@ class DiskCodec {
   // Whether libzstd is there.
   static bool Available();
 
-  // Bytes written to `to`; 0 if they would be more than `room`, n is no multiple of the element, or
-  // zstd is not there. REQUIRES: codec is 2 or 4.
+  // Bytes written to `to`; 0 if they would be more than `room`, n is no multiple of the element,
+  // zstd is needed and not there, or an approximate codec meets an element that is no finite
+  // number. REQUIRES: IsCodec(codec), not 0.
   size_t Encode(uint32_t codec, const std::byte* from, size_t n, std::byte* to, size_t room);
 
   // Fills to[0, n) from what Encode() wrote; false if it is not that. Never writes beyond n.

@@ -231,7 +231,7 @@ int DiskStore::Recovered(DiskRecovered* recovered) {
   for (auto one = order.rbegin(); one != order.rend(); ++one) {
     auto& [number, record] = found[one->second];
     const uint32_t units = UnitsOf(record, header_);
-    const bool readable = record.codec == 0 || DiskCodec::Available();
+    const bool readable = !NeedsZstd(record.codec) || DiskCodec::Available();
     if (!readable || !space_->TakeAt(record.place, units)) {
       record.generation = 0;
       continue;

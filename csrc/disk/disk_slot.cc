@@ -52,7 +52,7 @@ SlotFault OpenSlot(const DiskHeader& store, const DiskRecord& wanted, const std:
     return SlotFault::kBytes;
   }
   if (header.codec != 0) {
-    if (!DiskCodec::Available()) return SlotFault::kUnread;
+    if (NeedsZstd(header.codec) && !DiskCodec::Available()) return SlotFault::kUnread;
     std::byte* const decoded = plain + sizeof header;
     if (!codec->Decode(header.codec, payload, header.stored_length, decoded, n)) {
       return SlotFault::kBlock;

@@ -280,6 +280,29 @@ std::byte* DiskStore::Encode(Buffers* buffers, DiskRecord* record) {
   return buffers->stored.get();
 }
 
+// Likewise; nullptr if it does not pay. The record is then of the block that will be read, which is
+// another one: that it is approximate is in its key (I10).
+std::byte* DiskStore::EncodeApproximately(uint32_t codec, Buffers* buffers, DiskRecord* record) {
+  const uint64_t n = uint64_t{record->share_length} * header_.ranks;
+  std::byte* const plain = Behind(buffers->plain.get());
+  std::byte* const stored = Behind(buffers->stored.get());
+  const size_t length = buffers->codec.Encode(codec, plain, n, stored, n);
+  if (length == 0 || UnitsFor(length) >= UnitsFor(n) ||
+      !buffers->codec.Decode(codec, stored, length, plain, n)) {
+    return nullptr;
+  }
+  std::vector<uint64_t> sums;
+  record->published_checksum = 0;
+  for (uint32_t rank = 0; rank < header_.ranks; ++rank) {
+    sums.push_back(Xxh3_64(plain + uint64_t{rank} * record->share_length, record->share_length));
+    record->published_checksum ^= sums.back();
+  }
+  record->payload_checksum = PayloadChecksum(sums.data(), sums.size());
+  record->codec = codec;
+  record->stored_length = static_cast<uint32_t>(length);
+  return buffers->stored.get();
+}
+
 DiskStatus DiskStore::DoWrite(const Queued& item, Buffers* buffers, DiskMoved* done) {
   const DiskMove& move = item.move;
   const double begin = Now();
@@ -290,7 +313,9 @@ DiskStatus DiskStore::DoWrite(const Queued& item, Buffers* buffers, DiskMoved* d
   record.group = move.group;
   record.depth = move.depth;
   if (!TakeFromArena(move, Behind(buffers->plain.get()), &record)) return DiskStatus::kSource;
-  std::byte* const slot = Encode(buffers, &record);
+  std::byte* slot = nullptr;
+  if (IsApproximate(move.codec)) slot = EncodeApproximately(move.codec, buffers, &record);
+  if (slot == nullptr) slot = Encode(buffers, &record);
   PutHeader(record, slot);
   done->check_s = Now() - begin;
 

@@ -65,7 +65,8 @@ struct DiskOptions {
   std::string faults;  // FaultyDiskIo; empty in use
 };
 
-// A block's way between a slot and a record. `parent` and `depth` are stored with it.
+// A block's way between a slot and a record. `parent` and `depth` are stored with it. `codec`, of a
+// write: an approximate one that the block may be stored by, or 0 for exact.
 struct DiskMove {
   uint64_t ticket;
   uint64_t slot;
@@ -74,6 +75,7 @@ struct DiskMove {
   uint64_t record_generation;
   uint32_t group;
   uint32_t depth;
+  uint32_t codec;
   unsigned char key[kKeyBytes];
   unsigned char parent[kKeyBytes];
 };
@@ -176,6 +178,7 @@ class DiskStore {
                     DiskMoved* done, bool* moved_on);
   bool TakeFromArena(const DiskMove& move, std::byte* payload, DiskRecord* record);
   std::byte* Encode(Buffers* buffers, DiskRecord* record);
+  std::byte* EncodeApproximately(uint32_t codec, Buffers* buffers, DiskRecord* record);
   void PutHeader(const DiskRecord& record, std::byte* slot) const;
   DiskStatus Put(const Queued& item, const std::byte* slot, DiskRecord* record, DiskMoved* done);
   uint64_t UnitsFor(uint64_t stored_length) const;

@@ -389,10 +389,13 @@ class Cache:
         """Makes acknowledged blocks visible, parents first; the answer is how many (I4)."""
         return self._tier.publish(slots, generations, checksums)
 
-    def demote(self, group: int, keys: Keys, blocks: Sequence[int]) -> None:
-        """Begins to copy published blocks to the disk; nothing where there is none."""
+    def demote(self, group: int, keys: Keys, blocks: Sequence[int], *, codec: int = 0) -> None:
+        """Begins to copy published blocks to the disk; nothing where there is none.
+
+        `codec`: one of `kvmem.types.INT8_CODECS` where these keys may answer approximately (I10).
+        """
         if self._moves is not None:
-            self._moves.demote(group, keys, blocks)
+            self._moves.demote(group, keys, blocks, codec)
 
     def abandon(self, slots: Slots, generations: Words) -> int:
         """Gives reserved slots back unwritten, with what was reserved on top of them."""

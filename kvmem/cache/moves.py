@@ -182,7 +182,7 @@ class Moves:
 
     # -- down --------------------------------------------------------------------------------
 
-    def demote(self, group: int, keys: Keys, blocks: Sequence[int]) -> None:
+    def demote(self, group: int, keys: Keys, blocks: Sequence[int], codec: int = 0) -> None:
         """Copies to the disk what the host has of these blocks and the disk has not; of a chain,
         all up to the last of them, so that nothing of it is a hole."""
         if not self._mover.on or not len(blocks):
@@ -191,15 +191,15 @@ class Moves:
             stop = blocks[-1] + 1
             # So that room is not made of what the new blocks hang below.
             parents, start, *_ = self.disk.acquire(keys, 0, stop, use=False)
-            self._demote(group, keys, start, stop)
+            self._demote(group, keys, start, stop, codec)
             if parents:
                 self.disk.release(parents)
         else:
             for at in blocks:
                 if not self.disk.match([keys[at]]):
-                    self._demote(group, [keys[at]], 0, 1)
+                    self._demote(group, [keys[at]], 0, 1, codec)
 
-    def _demote(self, group: int, keys: Keys, start: int, stop: int) -> None:
+    def _demote(self, group: int, keys: Keys, start: int, stop: int, codec: int) -> None:
         if stop <= start:
             return
         lease, stop, slots, generations = self._host.acquire(keys, start, stop, use=False)
@@ -225,6 +225,7 @@ class Moves:
                 record_generation=record_generation,
                 parent=bytes(keys[i - 1]) if i else NO_PARENT,
                 depth=i,
+                codec=codec,
             )
             if not self._mover.write(move):
                 break

@@ -185,6 +185,7 @@ class Disk:
             move.key,
             move.parent,
             move.depth,
+            move.codec,
         )
 
     def drop(self, record: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from kvmem._core import DiskStore, SlotCopier
+from kvmem._core import DiskCodec, DiskStore, SlotCopier
 from kvmem.errors import ArenaError
 from kvmem.store.arena import Arena
 from kvmem.store.layout import Header, Stats
@@ -250,3 +250,26 @@ def test_a_real_disk_store_reads_as_the_page_says(
     assert slot[128 : 128 + 2 * len(block)] == block + block
     assert not any(slot[128 + 2 * len(block) :])
     assert n_bytes == 4096
+
+
+def test_int8_blocks_are_as_the_page_says() -> None:
+    """In numpy, by the page's words alone: scale, numbers, rounding."""
+    draw = np.random.default_rng(3)
+    values = (draw.standard_normal(150) * np.repeat([1.0, 300.0, 1e-40], 50)).astype(np.float32)
+    stored = np.asarray(DiskCodec().encode(10, values.view(np.uint8)))
+    assert len(stored) == 3 * 2 + 150
+    scales = (stored[:6].view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    numbers = stored[6:].view(np.int8)
+    for group, scale in enumerate(scales):
+        at = slice(64 * group, 64 * group + 64)
+        largest = np.abs(values[at]).max()
+        if largest < 2.0**-100:
+            assert scale == 0
+            assert not numbers[at].any()
+            continue
+        step = np.float32(largest) / np.float32(127)
+        assert step <= scale <= step * np.float32(1 + 2**-7)
+        assert (numbers[at] == np.round(values[at] / scale)).all()
+    back = np.empty(150, np.float32)
+    assert DiskCodec().decode(10, stored, back.view(np.uint8))
+    assert (back == numbers * np.repeat(scales, 64)[:150]).all()

@@ -26,6 +26,7 @@ from tests.e2e.host import (
 pytestmark = pytest.mark.engine
 TOKENS = prompt(300, 7)
 WHOLE = len(TOKENS) // BLOCK * BLOCK
+SALT = {"approximate_salt": "near/"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def start(
     hosts: list[EngineHost] = []
 
     def start() -> EngineHost:
-        settings = {"host_gb": 0.25, "disk_gb": 0.25, "disk_path": str(root)}
+        settings = {"host_gb": 0.25, "disk_gb": 0.25, "disk_path": str(root), **SALT}
         hosts.append(EngineHost(smollm2, kvmem=settings))
         return hosts[-1]
 
@@ -96,9 +97,27 @@ def record_of(engine: Engine, tokens: list[int], block: int) -> int:
     return int(records[0])
 
 
+def only_disk_of(engine: Engine, tokens: list[int], salt: str) -> Turn:
+    engine.forget_device()
+    engine.half.cache._tier.clear()
+    return engine.generate([tokens], salt=salt)[0]
+
+
+def used_bytes(engine: Engine) -> int:
+    return int(at_rest(engine)["used_bytes"])
+
+
 def outcomes(engine: Engine, kind: str) -> list[Any]:
     found = [e for e in engine.half.bus.recent() if type(e).__name__ == kind]
     return [msgspec.structs.asdict(e) for e in found]
+
+
+def shadowed_of(engine: Engine, tokens: list[int], salt: str) -> list[Any]:
+    before = len(outcomes(engine, "Shadowed"))
+    engine.half.shadows._share = 1.0
+    engine.generate([tokens], salt=salt)
+    engine.half.shadows._share = 0.0
+    return outcomes(engine, "Shadowed")[before:]
 
 
 def shadowed(engine: Engine, prompts: list[list[int]]) -> list[Any]:
@@ -161,4 +180,42 @@ def test_the_disk_gives_back_what_the_engine_computed_over_restarts(
     damaged = host.run(only_disk, TOKENS)
     assert damaged.receipt["tokens"]["disk"] == 4 * BLOCK
     assert_agrees(damaged, cold)
+    host.run(assert_settled)
+
+
+def test_approximate_blocks_answer_their_own_salt_only(start: Callable[[], EngineHost]) -> None:
+    host = start()
+    tokens = prompt(300, 9)
+    before = host.run(used_bytes)
+    near = host.run(generate_one, tokens, salt="near/a")
+    as_int8 = host.run(used_bytes) - before
+    exact = host.run(generate_one, tokens)
+    assert exact.receipt["tokens"]["computed"] == len(tokens)  # nothing of "near/a" is there
+    as_it_is = host.run(used_bytes) - before - as_int8
+    assert as_it_is > 2.5 * as_int8
+
+    # Of its own salt it answers nearly, and says so.
+    restored = host.run(only_disk_of, tokens, "near/a")
+    assert restored.receipt["tokens"]["disk"] == WHOLE
+    assert (near.receipt["exact"], restored.receipt["exact"]) == (False, False)
+    assert restored.logprobs != near.logprobs  # it went through int8
+    pairs = zip(restored.logprobs, near.logprobs, strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 0.1
+    assert restored.tokens == near.tokens
+
+    # What is computed on top of it, and what the device has of it, is its salt's only.
+    longer = tokens + prompt(70, 10)
+    assert host.run(generate_one, longer, salt="near/a").receipt["tokens"]["device"] == WHOLE
+    for salt in (None, "near/b", "near"):
+        told = host.run(generate_one, longer, salt=salt).receipt
+        found = len(longer) - told["tokens"]["computed"]
+        assert found == (WHOLE if salt is None else 0)
+        assert told["exact"] == (salt != "near/b")
+    again = host.run(only_disk, tokens)
+    assert again.receipt["exact"]
+    assert again.receipt["tokens"]["disk"] == WHOLE
+    assert_agrees(again, exact)
+
+    # A shadow compares with what is exact: there is nothing to hold against these.
+    assert host.run(shadowed_of, tokens, "near/a") == []
     host.run(assert_settled)

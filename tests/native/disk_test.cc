@@ -5,7 +5,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -417,6 +419,129 @@ void TestCodecs() {
   CHECK(codec.Encode(2, noise.data(), noise.size(), stored.data(), stored.size()) == 0);
 }
 
+// The element as a double, of codec 8 (bf16), 9 (fp16) or 10 (float32).
+double Element(uint32_t codec, const std::byte* from) {
+  if (codec == 10) {
+    float value = 0;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+  uint16_t bits = 0;
+  std::memcpy(&bits, from, sizeof bits);
+  if (codec == 8) {
+    const uint32_t wide = uint32_t{bits} << 16;
+    float value = 0;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+  const int exponent = (bits >> 10) & 31;
+  const double fraction = bits & 1023;
+  const double magnitude =
+      exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+  return (bits & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+// Finite numbers of many sizes, and groups of zeros.
+std::vector<std::byte> Finite(size_t n, uint32_t codec) {
+  const size_t width = codec == 10 ? 4 : 2;
+  std::vector<std::byte> bytes(n * width);
+  std::mt19937 draw(codec);
+  std::normal_distribution<float> normal;
+  for (size_t i = 0; i < n; ++i) {
+    const float size = std::ldexp(1.0F, static_cast<int>(i / 64 % 19) - 12);
+    const float value = i / 64 % 7 == 3 ? 0.0F : normal(draw) * size;
+    uint32_t raw = 0;
+    std::memcpy(&raw, &value, sizeof raw);
+    if (codec == 8) raw >>= 16;
+    if (codec == 9) {  // any finite bits, of exponents like those
+      raw = value == 0 ? 0 : (draw() & 0x83ff) | static_cast<uint32_t>(i / 64 % 19 + i % 3) << 10;
+    }
+    std::memcpy(&bytes[i * width], &raw, width);
+  }
+  return bytes;
+}
+
+// Every element is within half a step, and half of what the element's own kind can tell apart.
+void TestInt8IsNear() {
+  DiskCodec codec;
+  for (const uint32_t how : {8u, 9u, 10u}) {
+    const size_t width = how == 10 ? 4 : 2;
+    for (const size_t n : {size_t{1}, size_t{63}, size_t{64}, size_t{4000}}) {
+      const std::vector<std::byte> plain = Finite(n, how);
+      const size_t length = n + 2 * ((n + 63) / 64);
+      std::vector<std::byte> stored(n * width + 2), back(n * width + 1, std::byte{0x5a});
+      CHECK(codec.Encode(how, plain.data(), n * width, stored.data(), stored.size()) == length);
+      CHECK(codec.Encode(how, plain.data(), n * width, stored.data(), length - 1) == 0);
+      CHECK(codec.Encode(how, plain.data(), n * width - 1, stored.data(), stored.size()) == 0);
+      CHECK(codec.Decode(how, stored.data(), length, back.data(), n * width));
+      CHECK(back.back() == std::byte{0x5a});
+      CHECK(!codec.Decode(how, stored.data(), length - 1, back.data(), n * width));
+      CHECK(!codec.Decode(how, stored.data(), length, back.data(), n * width + width));
+      const double own = how == 8 ? 0x1p-8 : how == 9 ? 0x1p-11 : 0x1p-24;
+      for (size_t i = 0; i < n; ++i) {
+        double largest = 0;
+        for (size_t j = i / 64 * 64; j < std::min(n, i / 64 * 64 + 64); ++j) {
+          largest = std::max(largest, std::abs(Element(how, &plain[j * width])));
+        }
+        const double was = Element(how, &plain[i * width]), is = Element(how, &back[i * width]);
+        const double most = largest / 127 * 1.008 / 2 + std::abs(is) * own + 0x1p-25;
+        if (!(std::abs(was - is) <= most)) {
+          std::printf("%u: %zu of %zu was %g, is %g, largest %g\n", how, i, n, was, is, largest);
+          CHECK(false);
+        }
+      }
+    }
+    // No number, no block: it is stored exactly then.
+    std::vector<std::byte> plain = Finite(200, how), stored(plain.size() + 8);
+    const std::array<uint32_t, 3> no_number = {0x7f80, 0x7c00, 0x7f800000};
+    std::memcpy(&plain[100 * width], &no_number[how - 8], width);
+    CHECK(codec.Encode(how, plain.data(), plain.size(), stored.data(), stored.size()) == 0);
+  }
+}
+
+// An approximate block is what was decoded: all checksums are of that, on both ways and later.
+void TestAnApproximateBlockIsWhole() {
+  for (const uint32_t n_ranks : {1u, 3u}) {
+    Folder folder;
+    const std::vector<std::byte> plain = Finite(kShare / 2, 8);
+    {
+      Bench bench(folder.path, n_ranks);
+      bench.Fill(1, 1, 1);
+      for (const SlotTable& table : bench.tables) {
+        CHECK(table.Claim(0, 1));
+        std::memset(table.Data(0), 0, kShare);
+        std::memcpy(table.Data(0), plain.data(), plain.size());
+        unsigned char key[kKeyBytes];
+        KeyOf(0, key);
+        const Identity identity = {0, kShare, reinterpret_cast<const std::byte*>(key)};
+        CHECK(table.Complete(0, 1, identity, Xxh3_64(table.Data(0), kShare)));
+      }
+      DiskMove down = bench.Move(0, 0, 1, 0, 1);
+      down.codec = 8;
+      const DiskMoved written = bench.Write(down);
+      CHECK(written.status == DiskStatus::kOk);
+      CHECK(written.bytes ==
+            DiskSlotBytes(n_ranks * kShare / 2 + 2 * ((n_ranks * kShare / 2 + 63) / 64)));
+      const DiskMoved read = bench.Read(bench.Move(0, 5, 1, 0, 1));
+      CHECK(read.status == DiskStatus::kOk && read.checksum == written.checksum);
+      for (const SlotTable& table : bench.tables) {
+        CHECK(table.IsComplete(5, 1));
+        CHECK(table.Descriptor(5).checksum.load() == Xxh3_64(table.Data(5), kShare));
+        CHECK(std::memcmp(table.Data(5), table.Data(0), kShare) != 0);
+      }
+      // What would not pay, or is no number, is stored exactly.
+      DiskMove bytes = bench.Move(1, 1, 1, 1, 1);
+      bytes.codec = 10;
+      CHECK(bench.Write(bytes).status == DiskStatus::kOk);
+      CHECK(bench.Read(bench.Move(1, 6, 1, 1, 1)).status == DiskStatus::kOk);
+      CHECK(bench.Holds(1, 6, 1));
+    }
+    Bench bench(folder.path, n_ranks);
+    bench.Recover();
+    CHECK(bench.Read(bench.Move(0, 7, 1, 0, 1)).status == DiskStatus::kOk);
+  }
+}
+
 void TestACodecIsChosenByWhatItSaves() {
   CodecChoice choice;
   const auto measure = [&](uint32_t group, uint64_t raw, uint64_t two, uint64_t four) {
@@ -621,6 +746,8 @@ void TestAFlushThatFailsIsTold() {
 int main() {
   kvmem::TestSpaceIsNobodysTwice();
   kvmem::TestCodecs();
+  kvmem::TestInt8IsNear();
+  kvmem::TestAnApproximateBlockIsWhole();
   kvmem::TestACodecIsChosenByWhatItSaves();
   kvmem::TestShorterBlocksLeaveRoom();
   kvmem::TestAFullStoreSaysSo();

@@ -23,7 +23,7 @@ def test_an_unknown_setting_names_the_nearest() -> None:
 
 
 def test_an_unknown_setting_unlike_any_lists_all() -> None:
-    with pytest.raises(ConfigError, match=r"Known: arena, .*weights_digest"):
+    with pytest.raises(ConfigError, match=r"Known: approximate_salt, .*weights_digest"):
         Config.parse({"zzz": 1})
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from kvmem.engines.vllm.support import refuse
-from kvmem.types import GroupShape
+from kvmem.types import INT8_CODECS, GroupShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,12 +25,14 @@ class Group(msgspec.Struct, frozen=True):
     """One KV-cache group of the engine: `pages[i]` bytes of a block lie in layer `layers[i]`.
 
     `from_offers`: the engine says itself which block holds which state (its mamba mode "align").
+    `int8`: the disk's approximate codec for its elements; 0 where they are none that it is for.
     """
 
     shape: GroupShape
     layers: tuple[str, ...]
     pages: tuple[int, ...]
     from_offers: bool = False
+    int8: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -121,7 +124,18 @@ def _group_of(group: KVCacheGroupSpec) -> Group:
         layers=layers,
         pages=tuple(_real_bytes(spec) for spec in specs),
         from_offers=getattr(specs[0], "mamba_cache_mode", None) == "align",
+        int8=_int8_of(specs),
     )
+
+
+def _int8_of(specs: Sequence[KVCacheSpec]) -> int:
+    """Heads' keys and values only: latents and states were not measured."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    kinds = {str(getattr(s, "dtype", "")).removeprefix("torch.") for s in specs}
+    if len(kinds) > 1 or any(type(s) not in (FullAttentionSpec, SlidingWindowSpec) for s in specs):
+        return 0
+    return INT8_CODECS.get(kinds.pop(), 0)
 
 
 def _shape_of(spec: KVCacheSpec, block_tokens: int) -> GroupShape:

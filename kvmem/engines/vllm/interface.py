@@ -176,6 +176,7 @@ NEEDS: tuple[Need, ...] = (
         "num_prompt_tokens",
         "num_output_tokens",
         "num_computed_tokens",
+        "cache_salt",
     ),
     Need("call", "vllm.v1.request", "Request.get_finished_reason"),
     *_read("vllm.v1.core.sched.output", "SchedulerOutput", "num_scheduled_tokens",

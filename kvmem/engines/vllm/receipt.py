@@ -71,6 +71,7 @@ class Receipt:
     """What became of one request; token counts are of its prompt."""
 
     error: str | None = None
+    exact: bool = True
     prompt: int = 0
     device: int = 0
     host: int = 0
@@ -132,7 +133,7 @@ class Receipt:
         block `first_missing_block` was not here: none, new, evicted, pending, quarantined,
         cleared, abandoned, no_boundary, load_off or load_failed. `off` is there when loads or
         stores were off for this request, and says by whom: setting, request, switch, proof,
-        shadow or worker.
+        shadow or worker. `exact` is false where the request's salt allows KV that is approximate.
         """
         self._counted = True
         self.prompt = request.num_prompt_tokens
@@ -153,6 +154,7 @@ class Receipt:
             "store_ms": round(self.store_ms, 3),
             "miss": self.miss,
             "first_missing_block": first_missing,
+            "exact": self.exact,
         }
         off = {"load": self.load_off, "store": self.store_off}
         if any(off.values()):

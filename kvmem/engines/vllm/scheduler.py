@@ -135,6 +135,10 @@ class SchedulerHalf:
         stored = [0] * len(self.geometry.groups)
         receipt = Receipt(error=wishes.error, store_off=wishes.store_off)
         seen = Seen(request, wishes, receipt, keys, stored)
+        # The engine hashes the salt into every key: these blocks are nobody else's (I10).
+        prefix = self.config.approximate_salt
+        seen.approximate = bool(prefix) and str(request.cache_salt or "").startswith(prefix or "")
+        receipt.exact = not seen.approximate
         self._seen[request.request_id] = seen
         self.totals.requests += 1
         self._maybe_shadow(request, seen)
@@ -145,6 +149,8 @@ class SchedulerHalf:
             return  # it is off anyway, or this vLLM can't switch it off
         if seen.wishes.load_off or self._load_off(skips=False) or self.proofs.wanted:
             return
+        if seen.approximate:
+            return  # what it has stored may differ from what it would compute, and is labelled so
         if getattr(request, "lora_request", None) is not None:
             return  # of what content its adapter is is known when it is scheduled
         self.live.admit(seen, 0)

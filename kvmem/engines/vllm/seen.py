@@ -24,6 +24,7 @@ class Seen:
     not looked at again. `device_blocks[group]` are the blocks that the engine keeps at the end.
     `stale`: computed before a reset, so nothing of it is stored. `adapter` is the content of the
     request's adapter, as `Live.admit` settled it. `shadowed`: it is computed although it is stored.
+    `approximate`: its salt is of those that may be answered approximately (I10).
     """
 
     request: Request
@@ -39,6 +40,7 @@ class Seen:
     stale: bool = False
     load_failed: bool = False
     shadowed: bool = False
+    approximate: bool = False
     adapter: bytes = b""
 
     def forget_stored(self) -> None:
@@ -56,7 +58,8 @@ class Seen:
 class Outstanding:
     """Slots reserved by one request in one step, not yet acknowledged: for blocks of a group up to
     block `stop`. `keys` are those of all blocks up to there, for the
-    disk if there is one; `blocks` which of them got a slot."""
+    disk if there is one; `blocks` which of them got a slot; `codec` what the disk may store them
+    by."""
 
     request_id: str
     group: int
@@ -65,6 +68,7 @@ class Outstanding:
     generations: Words
     keys: list[Any]
     blocks: list[int]
+    codec: int = 0
 
 
 @dataclass(slots=True)

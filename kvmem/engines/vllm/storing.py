@@ -128,6 +128,7 @@ class Storing:
                     generations=room.generations,
                     keys=keys[:stop] if self._cache.has_disk else [],
                     blocks=chosen,
+                    codec=self._geometry.groups[group].int8 if seen.approximate else 0,
                 )
             )
         seen.receipt.refused += room.refused
@@ -172,7 +173,7 @@ class Storing:
             self._cache.abandon(wait.slots[~good], wait.generations[~good])
         n = self._cache.publish(wait.slots[good], wait.generations[good], sums[good])
         if n:
-            self._cache.demote(wait.group, wait.keys, wait.blocks)
+            self._cache.demote(wait.group, wait.keys, wait.blocks, codec=wait.codec)
         self._totals.blocks_stored += n
         n_bytes = n * self._geometry.groups[wait.group].block_bytes * self._half.ranks
         self._totals.bytes_stored += n_bytes
