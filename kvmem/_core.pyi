@@ -432,8 +432,8 @@ class DiskStore:
         failed, 4 there is no room; ticket 0 is a flush that failed. `checksum` is what the receiving index publishes the block with.
         """
 
-    def wait(self, seconds: float) -> None:
-        """Until an operation is over that was not told yet, or so long."""
+    def wait(self, seconds: float, n: int = 1) -> None:
+        """Until n operations are over that were not told yet, or so long."""
 
     def flush(self) -> int:
         """What is written survives a power cut; 0 or errno."""

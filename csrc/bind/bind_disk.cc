@@ -127,11 +127,12 @@ class PyDiskStore {
     return told;
   }
 
-  void Wait(double seconds) {
+  void Wait(double seconds, int64_t n) {
     Require(seconds >= 0 && seconds <= 60, "seconds must be 0 to 60");
+    Require(n >= 1, "n must be positive");
     DiskStore& store = Opened();
     nb::gil_scoped_release release;
-    store.Wait(seconds);
+    store.Wait(seconds, static_cast<size_t>(n));
   }
 
   int Flush() {
@@ -349,8 +350,8 @@ void RegisterDisk(nb::module_& m) {
            "check_s). Status 0 ok, 1 the slot is not that block, 2 the record is not, 3 the disk\n"
            "failed, 4 there is no room; ticket 0 is a flush that failed. `checksum` is what the "
            "receiving index publishes the block with.")
-      .def("wait", &PyDiskStore::Wait, "seconds"_a,
-           "Until an operation is over that was not told yet, or so long.")
+      .def("wait", &PyDiskStore::Wait, "seconds"_a, "n"_a = 1,
+           "Until n operations are over that were not told yet, or so long.")
       .def("flush", &PyDiskStore::Flush, "What is written survives a power cut; 0 or errno.")
       .def("recovered", &PyDiskStore::Recovered,
            nb::sig("def recovered(self) -> tuple[numpy.typing.NDArray[numpy.int32], "

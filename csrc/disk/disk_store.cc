@@ -76,13 +76,13 @@ bool DiskStore::Begin(const DiskMove& move, bool write) {
   }
   {
     const std::lock_guard lock(mutex_);
-    if (queue_.size() >= options_.queue) return false;  // D5
+    if (write && writes_.size() >= options_.queue) return false;  // D5
     {
       const std::lock_guard space(space_mutex_);
       busy_[move.record] = {.cleared = false, .pledged = write};
       if (write) pledged_ += plan_.slot_units;
     }
-    queue_.push_back({move, write, Now(), epoch});
+    (write ? writes_ : reads_).push_back({move, write, Now(), epoch});
   }
   to_do_.notify_one();
   return true;
@@ -94,14 +94,12 @@ void DiskStore::Run() {
     Queued item;
     {
       std::unique_lock lock(mutex_);
-      to_do_.wait(lock, [&] { return closing_ || !queue_.empty(); });
-      if (queue_.empty()) return;
+      to_do_.wait(lock, [&] { return closing_ || !reads_.empty() || !writes_.empty(); });
       // A request waits for a read, nobody for a write.
-      auto next =
-          std::find_if(queue_.begin(), queue_.end(), [](const Queued& q) { return !q.write; });
-      if (next == queue_.end()) next = queue_.begin();
-      item = *next;
-      queue_.erase(next);
+      std::deque<Queued>& queue = reads_.empty() ? writes_ : reads_;
+      if (queue.empty()) return;
+      item = queue.front();
+      queue.pop_front();
     }
     DiskMoved done = {};
     done.ticket = item.move.ticket;
@@ -163,9 +161,9 @@ std::vector<DiskMoved> DiskStore::Poll() {
   return std::exchange(moved_, {});
 }
 
-void DiskStore::Wait(double seconds) {
+void DiskStore::Wait(double seconds, size_t n) {
   std::unique_lock lock(mutex_);
-  done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return !moved_.empty(); });
+  done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return moved_.size() >= n; });
 }
 
 // ---------------------------------------------------------------------------------------------

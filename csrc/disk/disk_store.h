@@ -21,7 +21,7 @@
 //       check.
 //   D4  Write() takes only bytes whose descriptors say, before and after the copy, that they are
 //       this block, and that match their checksums: what is damaged in the host stays there.
-//   D5  I7: all files together never pass disk_bytes; the queue never passes its bound.
+//   D5  I7: all files together never pass disk_bytes; queued writes never pass their bound.
 //   D6  Operations on one record are the caller's to order: one at a time.
 //   D7  A unit belongs to one record at most. It is given back only when no record on the disk
 //       names it any more and no operation under way uses it.
@@ -58,8 +58,8 @@ enum class DiskStatus : uint8_t { kOk = 0, kSource = 1, kRecord = 2, kError = 3,
 struct DiskOptions {
   std::string folder;
   uint64_t disk_bytes = 0;
-  int n_threads = 4;  // while one checks and copies, others keep the disk busy
-  size_t queue = 256;
+  int n_threads = 4;   // while one checks and copies, others keep the disk busy
+  size_t queue = 256;  // writes; a read has a slot of the arena to itself, which bounds them
   bool codec = true;   // store shorter what can be
   double flush_s = 5;  // after a write at most, until a power cut can't undo it
   std::string faults;  // FaultyDiskIo; empty in use
@@ -124,7 +124,8 @@ class DiskStore {
   // Bytes of data.kvd that blocks have.
   uint64_t used_bytes();
 
-  // Queue an operation; false: the queue is full. REQUIRES: record < n_records(), slot within.
+  // Queue an operation; false: there are as many writes as may be. REQUIRES: record < n_records(),
+  // slot within.
   bool Write(const DiskMove& move) { return Begin(move, true); }
   bool Read(const DiskMove& move) { return Begin(move, false); }
 
@@ -135,8 +136,8 @@ class DiskStore {
 
   // Operations that are over, each told once. Ticket 0: a flush that failed.
   std::vector<DiskMoved> Poll();
-  // Until one is over that Poll() has not told, or so long.
-  void Wait(double seconds);
+  // Until n are over that Poll() has not told, or so long.
+  void Wait(double seconds, size_t n = 1);
 
   // Everything written so far survives a power cut; 0 or errno.
   int Flush();
@@ -222,7 +223,7 @@ class DiskStore {
   // Guarded by mutex_.
   std::mutex mutex_;
   std::condition_variable to_do_, done_, to_flush_;
-  std::deque<Queued> queue_;
+  std::deque<Queued> reads_, writes_;
   std::vector<DiskMoved> moved_;
   bool closing_ = false;
   bool flushing_over_ = false;

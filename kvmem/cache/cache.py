@@ -490,7 +490,8 @@ class Cache:
         return any(promotion.reads for promotion in self._promotions.values())
 
     def settle(self, seconds: float = 0.0) -> None:
-        """Takes in moves between host and disk that are over; waits so long for the next one."""
+        """Takes in moves between host and disk that are over; waits so long at most for those that
+        requests wait for."""
         if self._moves is not None:
             if seconds:
                 self._moves.wait(seconds)

@@ -66,7 +66,7 @@ class Mover(Protocol):
         """Begins a copy to the disk; False where the queue is full."""
 
     def read(self, move: Move) -> bool:
-        """Begins a copy from the disk; False where the queue is full."""
+        """Begins a copy from the disk; False where it can't."""
 
     def drop(self, record: int) -> None:
         """The record holds nothing any more."""
@@ -80,8 +80,8 @@ class Mover(Protocol):
     def too_slow(self, seconds: float) -> None:
         """A read took so long: it is to be off for a while."""
 
-    def wait(self, seconds: float) -> None:
-        """Returns when a move is over, or after so long."""
+    def wait(self, seconds: float, n: int = 1) -> None:
+        """Returns when n moves are over that `poll` has not told, or after so long."""
 
 
 class Promotion:
@@ -146,6 +146,7 @@ class Moves:
         self._batch_of: dict[int, _Batch] = {}
         self._down: deque[_Batch] = deque()  # in the order in which they began: parents first
         self._coming: dict[bytes, _Batch] = {}
+        self._n_reads = 0  # under way
         self.totals = {
             "written": 0, "read": 0, "bytes_written": 0, "bytes_read": 0, "faults": 0,
             "refused": 0, "queued_s": 0.0, "io_s": 0.0, "check_s": 0.0,
@@ -288,6 +289,7 @@ class Moves:
             batch.moves.append(move)
             self._batch_of[move.ticket] = batch
             self._coming[move.key] = batch
+            self._n_reads += 1
             begun += 1
         if begun < len(index):
             self._host.abandon(slots[begun:], generations[begun:])
@@ -316,14 +318,18 @@ class Moves:
     # -- what became of them -----------------------------------------------------------------
 
     def wait(self, seconds: float) -> None:
-        """Returns when a move is over, or after so long."""
+        """Returns when as many moves are over as reads were under way, or after so long.
+
+        Not after each of them: whoever waits would take the cores that the reads need.
+        """
         if self._batch_of:
-            self._mover.wait(seconds)
+            self._mover.wait(seconds, max(1, self._n_reads))
 
     def poll(self) -> None:
         """Settles what is over."""
         for moved in self._mover.poll():
             batch = self._batch_of.pop(moved.ticket)
+            self._n_reads -= not batch.down
             if moved.fault == "room" and self._try_again(batch, moved.ticket):
                 continue
             batch.moved[moved.ticket] = moved

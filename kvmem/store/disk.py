@@ -31,6 +31,8 @@ RETRY_MOST_S = 300.0
 # Other models' stores are looked at each time so much was written.
 TRIM_BYTES = 256 << 20
 PROBE = "probe"
+# Writes that wait hold the host's slots: at most a quarter of them, where there are many.
+QUEUE_LEAST, QUEUE_PART = 256, 4
 TRIES = 16  # of engines that start at the same moment, each is there before us once at most
 
 
@@ -68,6 +70,7 @@ class Disk:
         self._proof_faults = proof_faults
         self._bytes = disk_bytes
         self._codec = codec
+        self._queue = max(QUEUE_LEAST, arena.header.n_slots // QUEUE_PART)
         self._bus = bus
         self._clock = clock
         self._off_since_s: float | None = None
@@ -90,8 +93,9 @@ class Disk:
             folder = claim(root, namespace)
             try:
                 store = DiskStore(
-                    str(folder), buffer, self._bytes, namespace, codec=self._codec, faults=faults
-                )
+                    str(folder), buffer, self._bytes, namespace, queue=self._queue,
+                    codec=self._codec, faults=faults,
+                )  # fmt: skip
             except OSError as error:
                 what, sentence = error.args
             else:
@@ -224,9 +228,9 @@ class Disk:
         """A read took so long: the disk hangs, or has more to do than it can."""
         self._failed(f"no answer in {seconds:.1f} s")
 
-    def wait(self, seconds: float) -> None:
-        """Returns when a move is over, or after so long."""
-        self._store.wait(seconds)
+    def wait(self, seconds: float, n: int = 1) -> None:
+        """Returns when n moves are over that `poll` has not told, or after so long."""
+        self._store.wait(seconds, n)
 
     def close(self) -> None:
         """Ends what is queued and lets go of the folder."""

@@ -582,6 +582,24 @@ def test_blocks_that_can_be_are_stored_shorter_and_come_back_exact(
     assert second.cache.check_integrity() == []
 
 
+def test_a_long_prompt_goes_down_and_comes_up_whole(start: Callable[..., Host]) -> None:
+    """Of as many blocks as are never queued at once: what the bound refused would be a hole, and
+    all that hangs below it would be gone."""
+    host = start(n_slots=1300, disk_bytes=24 * MIB)
+    chain = keys(600, 5)
+    for first in range(0, 600, 60):  # a device of 64 blocks
+        host.put(chain[: first + 60], demote=False)
+    host.cache.demote(0, chain, range(600))
+    assert host.cache.stats()["disk"]["refused"] <= 600 - 325  # of so many slots a quarter waits
+    host.settle()
+    host.cache.demote(0, chain, range(600))
+    host.forget()
+    assert host.cache.stats()["disk"]["written"] == 600
+    grant = host.ask(chain)
+    assert (grant.stop, grant.from_disk) == (600 * 16, 600 * 16)
+    assert host.cache.check_integrity() == []
+
+
 def test_a_store_of_another_budget_goes_on(start: Callable[..., Host]) -> None:
     first = start(disk_bytes=400_000)
     for seed in range(5):

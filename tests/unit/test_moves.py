@@ -86,7 +86,7 @@ class Disk:
     def too_slow(self, seconds: float) -> None:
         self.too_slow_s.append(seconds)
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float, n: int = 1) -> None:
         self.waits += 1
 
 
