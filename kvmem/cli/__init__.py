@@ -1,4 +1,5 @@
-"""The kvmem command: `demo`, `serve`, `stats`, `switch`, `quarantine`, `verify`, `lint`.
+"""The kvmem command: `demo`, `serve`, `stats`, `switch`, `quarantine`, `verify`, `lint`,
+`replay`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -49,6 +50,7 @@ bit, when a prompt begins the same way.
   kvmem quarantine        blocks that failed a check in a running engine, and what is left of them
   kvmem verify            look through what is on the disk, every byte
   kvmem lint log.jsonl    what broke a prompt's prefix, in logs and transcripts
+  kvmem replay log.jsonl  what other sizes and eviction orders would have kept of those prompts
 """,
 )
 
@@ -330,6 +332,38 @@ def lint(
         "json" if as_json else show, output, form, tokenizer, block_tokens, requests, fix
     )
     code = run(files, options)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def replay(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Logs, gzip or not.")],
+    capacity: Annotated[
+        str, typer.Option(help="Blocks, or shares of the distinct ones, with commas between.")
+    ] = "1%,2%,5%,10%,25%",
+    orders: Annotated[
+        str, typer.Option(help="Which to compare, with commas between; all without it.")
+    ] = "",
+    arrange: Annotated[
+        str | None,
+        typer.Option(help="recorded, poisson:N or round-robin:N; what the log's times allow."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, one line a file.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Hit rate over capacity into this png, svg or pdf.")
+    ] = None,
+) -> None:
+    """What would another size, or another eviction order, have kept of these prompts?
+
+    Reads every form of log that `kvmem lint` reads. The orders: lru, ttl, s3fifo, arc, kvmem
+    (from what a cache sees), kvmem_hints (told what agents wait for as well) and belady, which
+    knows the future: no order that keeps prefixes whole gets more. docs/policy.md has more.
+    """
+    from kvmem.cli.replaying import Options, run
+
+    options = Options(capacity, orders, arrange, as_json, plot)
+    code = run(traces, options)
     if code:
         raise typer.Exit(code)
 

@@ -332,5 +332,5 @@ def test_a_form_can_be_named(form: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Give one of ledger, kvtrace/1, sharegpt"):
+    with pytest.raises(ConfigError, match="Give one of ledger, kvtrace/1, mooncake, sharegpt"):
         reader_of(tmp_path / "log", "yaml")

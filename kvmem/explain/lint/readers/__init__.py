@@ -15,7 +15,15 @@ import msgspec
 
 from kvmem.errors import ConfigError
 from kvmem.explain.lint.lines import Record, decode, records
-from kvmem.explain.lint.readers import claude_code, codex, kvtrace, ledger, requests, sharegpt
+from kvmem.explain.lint.readers import (
+    claude_code,
+    codex,
+    kvtrace,
+    ledger,
+    mooncake,
+    requests,
+    sharegpt,
+)
 from kvmem.explain.lint.values import Call, Fault
 
 __all__ = ["FORMATS", "Reader", "reader_of"]
@@ -32,7 +40,7 @@ class Reader(msgspec.Struct, frozen=True):
 # The first that accepts is taken: the ones with the surest marks stand first.
 _READERS: tuple[Reader, ...] = tuple(
     Reader(module.NAME, module.accepts, module.calls)
-    for module in (ledger, kvtrace, sharegpt, codex, claude_code, requests)
+    for module in (ledger, kvtrace, mooncake, sharegpt, codex, claude_code, requests)
 )
 _LOOKED_AT = 1_000  # records, for one that tells the form
 FORMATS: tuple[str, ...] = tuple(reader.name for reader in _READERS)

@@ -46,6 +46,9 @@ class _Row(msgspec.Struct):
     token_ids: list[_Token] | None = None
     block_hashes: list[int] | None = None
     input_len: _Count | None = None
+    t: float | None = None
+    tool_gap_s: float | None = None
+    gap_kind: str | None = None
     output: Any = None
 
 
@@ -112,6 +115,7 @@ def _call(path: Path, line: int, header: _Header, row: _Row, contents: _Contents
     content = base[:keep] + tail if base is not None else tail
     contents.put(row.id, content)
     call = Call(line, row.session, row.agent, reply=reply, input_tokens=row.input_len)
+    call.at_s, call.waited_s, call.waited_for = row.t, row.tool_gap_s, row.gap_kind
     if header.kind == "messages":
         call.parts = content
     elif header.kind == "text":

@@ -1,0 +1,170 @@
+"""What each prompt is worth keeping, from what it and others like it did.
+
+A *branch* is one conversation as the cache sees it: a prompt that later ones extend. It lies at the
+end of a path of *runs*, blocks without a fork among them, numbered by whoever keeps the tree. A
+prompt that extends a branch is its return; one that extends none begins a branch. What the branch
+waits for is one class of returns, by how often it came back and how long that took; where an
+orchestrator says what it waits for, a tool by name, a person, nothing any more, that comes first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmem.policy.returns import Class, Returns, bins_of
+
+__all__ = ["Keeper"]
+
+UNKNOWN = "?"
+OVER = "over"  # what a hint says of a conversation that has ended
+MOST_BRANCHES = 65_536  # those not seen for longest are forgotten beyond that
+NEWEST = 0.4  # weight of the last wait in what is a branch's usual one
+PACES = 9  # classes of usual waits: powers of two, of seconds
+
+
+class Keeper:
+    """See the module. Branches are numbered; a forgotten one's number is used again."""
+
+    def __init__(self) -> None:
+        self.returns = Returns()
+        self._branch_at: dict[int, int] = {}  # by the run at whose end it lies
+        n = 64
+        self._run = np.full(n, -1, np.int64)
+        self._since_s = np.zeros(n)
+        self._told_s = np.zeros(n)  # age up to which its wait is in `returns`
+        self._pace = np.zeros(n)
+        self._times = np.zeros(n, np.int64)
+        self._kind: list[str] = [UNKNOWN] * n
+        self._class = np.zeros(n, np.int64)
+        self._classes: list[Class] = [()]
+        self._number_of: dict[Class, int] = {(): 0}
+        self._over = [False]
+        self._agent: list[str | None] = [None] * n
+        self._branch_of: dict[str, int] = {}  # by agent
+        self._free = list(range(n - 1, -1, -1))
+
+    def used(self, path: Sequence[int], now_s: float, agent: str | None = None) -> int:
+        """A prompt that ends with the last of these runs; its branch.
+
+        Args:
+            path: the runs from the root on.
+            now_s: seconds, never less than before.
+            agent: who sends it, where that is known: its earlier branch, if this prompt does not
+                extend it, is over.
+        """
+        at = next((run for run in reversed(path) if run in self._branch_at), None)
+        if at is None:
+            branch = self._new(now_s)
+            self._times[branch], self._kind[branch] = 0, UNKNOWN
+        else:
+            branch = self._branch_at.pop(at)
+            self._back(branch, now_s - self._since_s[branch])
+        end = path[-1]
+        self._run[branch], self._branch_at[end] = end, branch
+        self._since_s[branch], self._told_s[branch] = now_s, 0.0
+        self._settle(branch, self._kind[branch])
+        if agent is not None:
+            self._sends(agent, branch)
+        return branch
+
+    def waits(self, branch: int, kind: str, now_s: float) -> None:
+        """An orchestrator says what the branch waits for now: any word, or `OVER`.
+
+        Until it does so, a branch that came back is taken to wait for what it waited for before.
+        """
+        self._settle(branch, kind)
+
+    def forget(self, run: int) -> None:
+        """What lay at the end of this run is no more."""
+        branch = self._branch_at.pop(run, None)
+        if branch is not None:
+            self._run[branch] = -1
+            agent, self._agent[branch] = self._agent[branch], None
+            if agent is not None and self._branch_of.get(agent) == branch:
+                del self._branch_of[agent]
+            self._free.append(branch)
+
+    def moved(self, run: int, to: int) -> None:
+        """The end of one run is the end of another one now: the tree was cut anew."""
+        branch = self._branch_at.pop(run, None)
+        if branch is not None:
+            self._branch_at[to], self._run[branch] = branch, to
+
+    def worths(self, now_s: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Each branch's run, -1 for no branch, and what a second of it is worth now."""
+        tables = np.stack([self.returns.worth(of) for of in self._classes])
+        tables[self._over] = 0.0
+        worth = tables[self._class, bins_of(now_s - self._since_s)]
+        worth[self._run < 0] = 0.0
+        return self._run, worth
+
+    def learn(self, now_s: float) -> None:
+        """Takes in how long those have waited that have not come back; now and then is enough."""
+        live = np.nonzero(self._run >= 0)[0]
+        ages = now_s - self._since_s[live]
+        classes = self._class[live]
+        for number in np.unique(classes).tolist():
+            of = classes == number
+            told, age = self._told_s[live][of], ages[of]
+            self.returns.waited(self._classes[number], told, np.maximum(told, age))
+        self._told_s[live] = np.maximum(self._told_s[live], ages)
+
+    @property
+    def n_branches(self) -> int:
+        """Branches that are known."""
+        return len(self._branch_at)
+
+    def _sends(self, agent: str, branch: int) -> None:
+        before = self._branch_of.get(agent, branch)
+        if before != branch and self._agent[before] == agent:
+            self._settle(before, OVER)
+        self._branch_of[agent], self._agent[branch] = branch, agent
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _tell(self, branch: int, now_s: float) -> None:
+        age = now_s - self._since_s[branch]
+        self.returns.waited(self._classes[self._class[branch]], self._told_s[branch], age)
+        self._told_s[branch] = max(age, self._told_s[branch])
+
+    def _back(self, branch: int, age_s: float) -> None:
+        of = self._classes[self._class[branch]]
+        self.returns.waited(of, self._told_s[branch], age_s)
+        self.returns.returned(of, age_s)
+        usual = self._pace[branch] if self._times[branch] else math.log2(age_s + 0.5)
+        self._pace[branch] = (1 - NEWEST) * usual + NEWEST * math.log2(age_s + 0.5)
+        self._times[branch] += 1
+        if self._kind[branch] == OVER:
+            self._kind[branch] = UNKNOWN
+
+    def _settle(self, branch: int, kind: str) -> None:
+        self._kind[branch] = kind
+        times = int(self._times[branch])
+        pace = min(PACES, max(0, round(float(self._pace[branch])))) if times else -1
+        of = self.returns.settle((kind, min(times, 2), pace))
+        if of not in self._number_of:
+            self._number_of[of] = len(self._classes)
+            self._classes.append(of)
+            self._over.append(kind == OVER)
+        self._class[branch] = self._number_of[of]
+
+    def _new(self, now_s: float) -> int:
+        if len(self._branch_at) >= MOST_BRANCHES:
+            oldest = int(np.where(self._run >= 0, self._since_s, np.inf).argmin())
+            self._tell(oldest, now_s)
+            self.forget(int(self._run[oldest]))
+        if not self._free:
+            n = len(self._run)
+            for name in ("_run", "_since_s", "_told_s", "_pace", "_times", "_class"):
+                old = getattr(self, name)
+                grown = np.zeros(2 * n, old.dtype) if name != "_run" else np.full(2 * n, -1)
+                grown[:n] = old
+                setattr(self, name, grown)
+            self._kind += [UNKNOWN] * n
+            self._agent += [None] * n
+            self._free = list(range(2 * n - 1, n - 1, -1))
+        return self._free.pop()
