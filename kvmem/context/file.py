@@ -13,7 +13,7 @@ from kvmem.context.spans import HEAD, ID, Link, Span, link
 from kvmem.errors import ConfigError
 from kvmem.hashing import xxh3_64
 
-__all__ = ["HEADER_BYTES", "MAGIC", "Saved", "read", "write"]
+__all__ = ["HEADER_BYTES", "MAGIC", "Saved", "read", "read_checked", "write", "write_checked"]
 
 MAGIC = b"KVMEMLG1"  # the last is the version
 HEADER_BYTES = len(MAGIC) + 8  # and XXH3-64 of what follows, little-endian
@@ -35,11 +35,15 @@ class Saved(msgspec.Struct, frozen=True):
 
 def write(path: Path, saved: Saved) -> None:
     """Private, and in one step: the file is the old one or the new one."""
-    payload = msgspec.msgpack.encode(saved)
+    write_checked(path, MAGIC, msgspec.msgpack.encode(saved))
+
+
+def write_checked(path: Path, magic: bytes, payload: bytes) -> None:
+    """Magic, checksum and payload, mode 0600: the file is the old one or the new one."""
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # 0600
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(MAGIC + xxh3_64(payload).to_bytes(8, "little") + payload)
+            file.write(magic + xxh3_64(payload).to_bytes(8, "little") + payload)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -52,12 +56,7 @@ def read(path: Path, renderer: str | None) -> tuple[Saved, Link]:
     Raises:
         ConfigError: it is no ledger, of another version or for another renderer, or damaged.
     """
-    data = path.read_bytes()
-    if data[: len(MAGIC)] != MAGIC:
-        raise _unreadable(path, "is no ledger of this version")
-    checksum, payload = data[len(MAGIC) : HEADER_BYTES], data[HEADER_BYTES:]
-    if xxh3_64(payload).to_bytes(8, "little") != checksum:
-        raise _unreadable(path, "is damaged: its checksum differs")
+    payload = read_checked(path, MAGIC, "ledger")
     try:
         saved = msgspec.msgpack.decode(payload, type=Saved)
     except msgspec.DecodeError as error:
@@ -79,6 +78,21 @@ def read(path: Path, renderer: str | None) -> tuple[Saved, Link]:
     if last is None or last.span.stop != len(ids):
         raise _unreadable(path, "is damaged: ids without a span")
     return saved, last
+
+
+def read_checked(path: Path, magic: bytes, what: str) -> bytes:
+    """The payload that `write_checked` wrote.
+
+    Raises:
+        ConfigError: the magic is another one, or the checksum differs.
+    """
+    data = path.read_bytes()
+    if data[: len(magic)] != magic:
+        raise _unreadable(path, f"is no {what} of this version")
+    checksum, payload = data[len(magic) : HEADER_BYTES], data[HEADER_BYTES:]
+    if xxh3_64(payload).to_bytes(8, "little") != checksum:
+        raise _unreadable(path, "is damaged: its checksum differs")
+    return payload
 
 
 def _unreadable(path: Path, why: str) -> ConfigError:
