@@ -10,7 +10,14 @@
     ├── CorruptBlock       bytes read back differ from the bytes written
     ├── IdentityMismatch   a slot holds another block than the one asked for
     ├── PrefixBroken       a prompt is not what it was, plus new tokens at its end
-    └── EngineError        the engine answered something its contract excludes
+    ├── EngineError        the engine answered something its contract excludes
+    └── AgentError         an agent's turn could not be done; `agent` and `turn` say which
+        ├── BudgetExceeded     its tokens or seconds are spent
+        ├── EngineUnavailable  the engine was not reached, broke off, or is overloaded
+        ├── RequestRefused     the engine refuses the request as it is
+        ├── ResultInvalid      the answer is not of the schema that was asked for
+        ├── ToolCallInvalid    the model's calls do not fit their tools' schemas
+        └── TurnTimeout        there was no whole answer in time
 
 Each carries its numbers as attributes, and its message ends with the next step.
 """
@@ -20,16 +27,23 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "AgentError",
     "ArenaError",
     "ArenaInUse",
+    "BudgetExceeded",
     "CapacityError",
     "ConfigError",
     "CorruptBlock",
     "EngineError",
+    "EngineUnavailable",
     "IdentityMismatch",
     "KVMemError",
     "LeaseError",
     "PrefixBroken",
+    "RequestRefused",
+    "ResultInvalid",
+    "ToolCallInvalid",
+    "TurnTimeout",
     "UnsupportedEngine",
 ]
 
@@ -97,3 +111,34 @@ class PrefixBroken(KVMemError):
 
 class EngineError(KVMemError):
     """The engine answered something its contract excludes."""
+
+
+class AgentError(KVMemError):
+    """An agent's turn could not be done. Its session is as it was before the turn.
+
+    `agent` is its name, `turn` the number of the turn, the first is 1.
+    """
+
+
+class BudgetExceeded(AgentError):
+    """The tokens or seconds that a session may spend are spent."""
+
+
+class EngineUnavailable(AgentError):
+    """The engine was not reached, broke off, or is overloaded, after all retries."""
+
+
+class RequestRefused(AgentError):
+    """The engine refuses the request as it is; the same again would be refused too."""
+
+
+class ResultInvalid(AgentError):
+    """The answer is not of the schema that was asked for."""
+
+
+class ToolCallInvalid(AgentError):
+    """The model's calls do not fit their tools' schemas, and it was told so."""
+
+
+class TurnTimeout(AgentError):
+    """There was no whole answer in time."""
