@@ -92,7 +92,7 @@ def test_ledger_example_restores_all_of_the_last_turn(smollm2: str) -> None:
     assert "stay cached" in lines[-1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(smollm2: str) -> Iterator[str]:
     """The address of a `kvmem serve` that runs as README starts it."""
     with socket.socket() as probe:
@@ -130,3 +130,18 @@ def test_client_example_gets_its_receipt_and_stats_show_it(server: str) -> None:
     stats = subprocess.run([str(KVMEM), "stats"], capture_output=True, text=True)
     assert stats.returncode == 0, stats.stderr
     assert "SmolLM2-135M-Instruct" in stats.stdout
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_team_example_computes_its_prefix_once(server: str) -> None:
+    lines = run("examples/06_team.py", OPENAI_BASE_URL=server)
+    findings = [line for line in lines if "Finding(month=" in line]
+    assert [line.split(":")[0] for line in findings] == ["sea", "hills", "town"]
+    (told,) = (line for line in lines if line.startswith("lead maps by prefix: 3 children"))
+    (spread,) = (line for line in lines if line.startswith("<Fanout 3 children"))
+    prompt, reused = (int(n.replace(",", "")) for n in re.findall(r"[\d,]{3,}", spread)[:2])
+    assert told
+    # The first child's figure is not told without --enable-prompt-tokens-details where it streams.
+    assert reused >= prompt * 0.6
+    assert re.match(r"<Session lead: [\d,]+ tokens, 3 turns, \d\d% reused>", lines[-1])
