@@ -4,6 +4,7 @@ made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -75,7 +76,7 @@ def choose(
     prefix_tokens: int,
     head_tokens: int,
     known_tokens: int,
-    tails: list[int],
+    tails: Sequence[int],
     block_tokens: int,
     cached_price: float = CACHED_PRICE,
 ) -> Choice:

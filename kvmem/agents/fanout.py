@@ -147,7 +147,7 @@ async def spread(parent: Session, tasks: Sequence[Message], how: How, wish: Wish
             setting="tasks" if not tasks else "concurrency",
         )
     began = time.monotonic()
-    children, choice, shared = parent.children(tasks, how.share)
+    children, choice, shared = _children(parent, tasks, how.share)
     once = _WarmOnce(parent.knows(shared))
     gate = asyncio.Semaphore(how.concurrency or len(tasks))
 
@@ -178,6 +178,22 @@ async def spread(parent: Session, tasks: Sequence[Message], how: How, wish: Wish
     finally:
         parent.learned(children, shared)
     return Fanout([task.result() for task in running], choice, time.monotonic() - began)
+
+
+def _children(
+    parent: Session, tasks: Sequence[Message], share: Share
+) -> tuple[list[Session], Choice, int]:
+    """A child a task, what they cost, and how many tokens they share; the cost is told."""
+    at = None if share == "prefix" else 1
+    shared = parent.ledger.n_tokens if at is None else parent.ledger.spans[0].stop
+    made = []
+    for number, task in enumerate(tasks, 1):
+        child = parent.child(f"{parent.name}/{parent.turn}.{number}", at=at)
+        child.append(task)
+        made.append(child)
+    choice = parent.weigh([child.ledger.n_tokens - shared for child in made])
+    parent.asker.tell(f"{parent.name} maps by {share}: {choice.explain()}")
+    return made, choice, shared
 
 
 class _WarmOnce:

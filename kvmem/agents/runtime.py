@@ -193,9 +193,12 @@ class Runtime:
         layout: Layout = "role-first",
         tools: Sequence[Tool] = (),
         budget: Budget | None = None,
+        seal: bool = True,
     ) -> Team:
         """A team whose agents hear one another; see `Team`."""
-        return Team(self.asker, name, system=system, layout=layout, tools=tools, budget=budget)
+        return Team(
+            self.asker, name, system=system, layout=layout, tools=tools, budget=budget, seal=seal
+        )
 
     def resume(self, folder: Path, *, tools: Sequence[Tool] = ()) -> Team:
         """The team that `Team.save` wrote; see `kvmem.agents.state.resume`."""

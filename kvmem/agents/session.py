@@ -68,7 +68,7 @@ class Session:
         self.turn, self.calls, self.usage = turn, calls, usage
         self.known_tokens = known_tokens
         self.closed = closed
-        self._asker, self._ledger = asker, ledger
+        self.asker, self._ledger = asker, ledger
         self._lock = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -130,9 +130,7 @@ class Session:
     async def step_as(self, wish: Wish, *messages: Message) -> Reply[Any]:
         """`step`, its arguments in one."""
         async with self._turn(messages, wish) as turn:
-            answer = await self._asker.wire.complete(
-                turn.body, turn.where, timeout_s=turn.timeout_s
-            )
+            answer = await self.asker.wire.complete(turn.body, turn.where, timeout_s=turn.timeout_s)
             return self._commit(turn, answer)
 
     @contextlib.asynccontextmanager
@@ -154,14 +152,14 @@ class Session:
         """
         wish = Wish(allow=allow, mode=mode, timeout_s=timeout_s, fields=fields)
         async with self._turn(messages, wish) as turn:
-            pieces = self._asker.wire.stream(turn.body, turn.where, timeout_s=turn.timeout_s)
+            pieces = self.asker.wire.stream(turn.body, turn.where, timeout_s=turn.timeout_s)
             async with contextlib.aclosing(pieces):
                 yield Stream(pieces, turn.prefill, lambda answer: self._commit(turn, answer))
 
     async def step_streamed(self, wish: Wish, on_first: Callable[[], None]) -> Reply[Any]:
         """A turn that says when its first token is there: by then its prompt is computed."""
         async with self._turn((), wish) as turn:
-            pieces = self._asker.wire.stream(
+            pieces = self.asker.wire.stream(
                 turn.body, turn.where, timeout_s=turn.timeout_s, restart=True
             )
             last: Answer | None = None
@@ -228,7 +226,7 @@ class Session:
         """
         async with asyncio.TaskGroup() as group:
             running = [
-                group.create_task(answered(self._asker, self._ledger, self.tools, call))
+                group.create_task(answered(self.asker, self._ledger, self.tools, call))
                 for call in calls
             ]
         return [task.result() for task in running]
@@ -239,16 +237,17 @@ class Session:
         """What `n` children with these messages would cost, by the prefix and by the message."""
         fork = self._ledger.fork("")
         fork.append(*map(as_message, messages))
-        return self._choose([fork.n_tokens - self._ledger.n_tokens] * n)
+        return self.weigh([fork.n_tokens - self._ledger.n_tokens] * n)
 
-    def _choose(self, tails: list[int]) -> Choice:
-        asks = len(self._asker.renderer.generation("user"))  # and so does every child
+    def weigh(self, tails: Sequence[int]) -> Choice:
+        """The same for children whose own messages are `tails` tokens long."""
+        asks = len(self.asker.renderer.generation("user"))  # and so does every child
         return choose(
             prefix_tokens=self._ledger.n_tokens,
             head_tokens=self._ledger.spans[0].stop,
             known_tokens=self.known_tokens,
             tails=[tail + asks for tail in tails],
-            block_tokens=self._asker.block_tokens,
+            block_tokens=self.asker.block_tokens,
         )
 
     def fork(self, name: str, *, budget: Budget | None = None) -> Session:
@@ -260,7 +259,7 @@ class Session:
             AgentError: the session is closed.
         """
         self._open()
-        self._asker.tell(f"{self.name} forks {name}: {self._choose([0]).explain()}")
+        self.asker.tell(f"{self.name} forks {name}: {self.weigh([0]).explain()}")
         return self.child(name, budget=budget)
 
     def spawn(self, *messages: Message, name: str, budget: Budget | None = None) -> Session:
@@ -273,17 +272,25 @@ class Session:
             PrefixBroken: the template refuses the messages.
         """
         self._open()
-        self._asker.tell(f"{self.name} spawns {name}: {self.quote(*messages).explain()}")
+        self.asker.tell(f"{self.name} spawns {name}: {self.quote(*messages).explain()}")
         child = self.child(name, at=1, budget=budget)
         child.append(*messages)
         return child
 
-    def child(self, name: str, *, at: int | None = None, budget: Budget | None = None) -> Session:
-        """A fork that nobody is told of; see `Ledger.fork` for `at`."""
+    def child(
+        self,
+        name: str,
+        *,
+        at: int | None = None,
+        turn: int = 0,
+        calls: int = 0,
+        budget: Budget | None = None,
+    ) -> Session:
+        """A fork that nobody is told of; see `Ledger.fork` for `at`, `Session` for the others."""
         ledger = self._ledger.fork(name, at=at)
         return Session(
-            self._asker, ledger, name=name, tools=tuple(self.tools.values()),
-            budget=budget if budget is not None else self.budget,
+            self.asker, ledger, name=name, tools=tuple(self.tools.values()),
+            budget=budget if budget is not None else self.budget, turn=turn, calls=calls,
             known_tokens=min(self.known_tokens, ledger.n_tokens),
         )  # fmt: skip
 
@@ -306,22 +313,9 @@ class Session:
 
     # -- the rest ----------------------------------------------------------------------------
 
-    def children(self, tasks: Sequence[Message], share: Share) -> tuple[list[Session], Choice, int]:
-        """A child a task, what they cost, and how many tokens they share; the cost is told."""
-        at = None if share == "prefix" else 1
-        shared = self._ledger.n_tokens if at is None else self._ledger.spans[0].stop
-        made = []
-        for number, task in enumerate(tasks, 1):
-            child = self.child(f"{self.name}/{self.turn}.{number}", at=at)
-            child.append(task)
-            made.append(child)
-        choice = self._choose([child.ledger.n_tokens - shared for child in made])
-        self._asker.tell(f"{self.name} maps by {share}: {choice.explain()}")
-        return made, choice, shared
-
     def knows(self, n_tokens: int) -> bool:
         """Whether the engine has all whole blocks of the first `n_tokens`, as far as is known."""
-        block = self._asker.block_tokens
+        block = self.asker.block_tokens
         return self.known_tokens // block >= n_tokens // block
 
     def learned(self, children: Sequence[Session], shared: int) -> None:
@@ -344,13 +338,16 @@ class Session:
         self._ledger = ledger
         self.known_tokens = min(self.known_tokens, shared)
 
+    def take(self, child: Session) -> None:
+        """Goes on where a child of this one is."""
+        self.adopt(child.ledger.fork(self._ledger.session_id))
+        self.turn, self.calls, self.known_tokens = child.turn, child.calls, child.known_tokens
+
     def close(self) -> None:
         """Says that it will not be asked again; a second time does nothing."""
         if not self.closed:
             self.closed = True
-            self._asker.announce(
-                Hint("session_end", self._ledger.session_id, self._ledger.n_tokens)
-            )
+            self.asker.announce(Hint("session_end", self._ledger.session_id, self._ledger.n_tokens))
 
     def _open(self) -> None:
         if self.closed:
@@ -374,9 +371,9 @@ class Session:
         """A turn's resources: the session's lock, its budget, the runtime's gate."""
         async with self._lock:
             self._open()
-            turn = begin(self._asker, self._ledger, messages, wish, self)
+            turn = begin(self.asker, self._ledger, messages, wish, self)
             try:
-                async with self._asker.gate:
+                async with self.asker.gate:
                     turn.began = time.monotonic()
                     yield turn
             except TurnTimeout as error:

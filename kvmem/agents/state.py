@@ -50,7 +50,6 @@ class Saved(msgspec.Struct, frozen=True):
     tools: list[str]
     sessions: list[SavedSession]
     said: bytes
-    gone: Usage
     budget_tokens: int | None
     budget_seconds: float | None
     spent: Spent
@@ -81,7 +80,7 @@ def save(team: Team, folder: Path) -> None:
     saved = Saved(
         name=team.name, system=team.system, layout=team.layout, members=list(team.members.values()),
         tools=[tool.name for tool in team.tools], sessions=sessions,
-        said=canonical(team.said if team.layout == "role-first" else []), gone=team.gone,
+        said=canonical(team.said if team.layout == "role-first" else []),
         budget_tokens=team.budget.tokens, budget_seconds=team.budget.seconds,
         spent=team.budget.spent,
     )  # fmt: skip
@@ -131,7 +130,7 @@ def resume(asker: Asker, folder: Path, tools: Sequence[Tool]) -> Team:
         )
         for one in saved.sessions
     }  # fmt: skip
-    past = Past(saved.members, sessions, msgspec.json.decode(saved.said), saved.gone)
+    past = Past(saved.members, sessions, msgspec.json.decode(saved.said))
     return Team(
         asker, saved.name, system=saved.system, layout=saved.layout, tools=mine, budget=budget,
         past=past,

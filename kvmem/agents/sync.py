@@ -117,19 +117,10 @@ class Runtime:
         loop, inner = self._both
         return Session(loop, loop.call(inner.session, name, **options))
 
-    def team(
-        self,
-        name: str,
-        *,
-        system: str,
-        layout: Layout = "role-first",
-        tools: Sequence[Tool] = (),
-        budget: Budget | None = None,
-    ) -> Team:
+    def team(self, name: str, *, system: str, layout: Layout = "role-first", **how: Any) -> Team:
         """See `kvmem.agents.Runtime.team`."""
         loop, inner = self._both
-        made = loop.call(inner.team, name, system=system, layout=layout, tools=tools, budget=budget)
-        return Team(loop, made)
+        return Team(loop, loop.call(inner.team, name, system=system, layout=layout, **how))
 
     def resume(self, folder: Path, *, tools: Sequence[Tool] = ()) -> Team:
         """See `kvmem.agents.Runtime.resume`."""

@@ -2,8 +2,9 @@
 
 `role-first` is what most frameworks do: each agent has its own system prompt and, after it, its own
 copy of what was said; every agent computes all of it. `shared-first` turns that round: one
-transcript under one head, and whoever speaks is told its role after it. The same text under
-different roles is then the same prefix, and computed once.
+transcript under one head, and whoever speaks is told its role after it, alone. The same text under
+different roles is then the same prefix, and computed once. In `one-ledger` the role is said where
+an agent first speaks, and stays: all read it, and no token is computed twice.
 """
 
 from __future__ import annotations
@@ -24,26 +25,31 @@ from kvmem.errors import ConfigError
 
 __all__ = ["Layout", "Member", "Past", "Team"]
 
-Layout = Literal["role-first", "shared-first"]
+Layout = Literal["role-first", "shared-first", "one-ledger"]
 
 
 class Member(msgspec.Struct, frozen=True):
-    """An agent of a team: its name, what it is told of its role, and the tools it may call."""
+    """An agent of a team.
+
+    Args:
+        name: its own.
+        role: what it is told of it.
+        allow: pattern of the tools that it may call.
+        turn: turns done.
+    """
 
     name: str
     role: str
     allow: str = "*"
+    turn: int = 0
 
 
 class Past(msgspec.Struct, frozen=True):
-    """What a team goes on with: who is in it, their sessions, what all heard, and tokens spent by
-    sessions that are gone.
-    """
+    """What a team goes on with: who is in it, their sessions, and what all heard."""
 
     members: list[Member]
     sessions: dict[str, Session]
     said: list[dict[str, Any]]
-    gone: Usage
 
 
 class Team:
@@ -53,10 +59,11 @@ class Team:
         asker: the runtime's side.
         name: of the team.
         system: what everybody is told.
-        layout: see the module. `shared-first` is asked for: a role that stands after the
-            transcript reads otherwise to a model than one before it.
+        layout: see the module. All but `role-first` have to be asked for: a role that stands after
+            the transcript, or amid it, reads otherwise to a model than one before it.
         tools: that its agents may call, all in everybody's head; `Member.allow` masks them.
         budget: that all of its agents spend.
+        seal: see `Runtime.session`.
         past: of a team that goes on.
     """
 
@@ -69,20 +76,20 @@ class Team:
         layout: Layout = "role-first",
         tools: Sequence[Tool] = (),
         budget: Budget | None = None,
+        seal: bool = True,
         past: Past | None = None,
     ) -> None:
         self.name, self.system, self.layout = name, system, layout
         self.budget = budget if budget is not None else Budget()
         self.tools = tuple(tools)
-        then = past if past is not None else Past([], {}, [], Usage())
+        then = past if past is not None else Past([], {}, [])
         self.members = {member.name: member for member in then.members}
         self.sessions = dict(then.sessions)
-        self.gone = then.gone  # spent by children that spoke once
-        self._asker = asker
+        self._asker, self._seal = asker, seal
         self._lock = asyncio.Lock()
         # Role-first: what all have heard, for those who come later.
         self._said: list[Mapping[str, Any]] = list(then.said)
-        if layout == "shared-first" and "transcript" not in self.sessions:
+        if layout != "role-first" and "transcript" not in self.sessions:
             self.sessions["transcript"] = self._session("transcript", system)
 
     def __repr__(self) -> str:
@@ -91,7 +98,7 @@ class Team:
     @property
     def usage(self) -> Usage:
         """Of all its agents."""
-        return sum((session.usage for session in self.sessions.values()), self.gone)
+        return sum((session.usage for session in self.sessions.values()), Usage())
 
     @property
     def said(self) -> tuple[Mapping[str, Any], ...]:
@@ -136,13 +143,13 @@ class Team:
 
     def _session(self, name: str, system: str) -> Session:
         full = f"{self.name}/{name}"
-        ledger = self._asker.ledger(full, system, self.tools)
+        ledger = self._asker.ledger(full, system, self.tools, seal=self._seal)
         return Session(self._asker, ledger, name=full, tools=self.tools, budget=self.budget)
 
     def tell(self, *messages: Message) -> None:
         """Everybody hears it; a string is a user's message."""
         told = [as_message(message) for message in messages]
-        if self.layout == "shared-first":
+        if self.layout != "role-first":
             self.sessions["transcript"].append(*told)
             return
         self._said += told
@@ -168,39 +175,36 @@ class Team:
                 setting=name,
             )
         async with self._lock:
+            member = self.members[name]
+            home = self.sessions[name if self.layout == "role-first" else "transcript"]
+            # A child, so that a turn with calls of tools is all or nothing too.
+            child = home.child(f"{self.name}/{name}", turn=member.turn, calls=home.calls)
+            try:
+                reply = await _speak(child, member, [*self._cue(member), *messages], how)
+            finally:
+                home.usage += child.usage
+            self.members[name] = msgspec.structs.replace(member, turn=child.turn)
             if self.layout == "shared-first":
-                return await self._speak_after(self.members[name], messages, how)
-            reply = await _speak(self.sessions[name], self.members[name], messages, how)
-            heard = {"role": "user", "content": f"{name}: {reply.text}"}
-            self._said.append(heard)
-            for other in self.members:
-                if other != name:
-                    self.sessions[other].append(heard)
+                _hear(home, child, reply, name)
+            else:
+                home.take(child)
+            if self.layout == "role-first":
+                self._spread({"role": "user", "content": f"{name}: {reply.text}"}, name)
             return reply
 
-    async def _speak_after(
-        self, member: Member, messages: Sequence[Message], how: Mapping[str, Any]
-    ) -> Reply[Any]:
-        """A turn behind the transcript, which then takes the ids that were sampled."""
-        transcript = self.sessions["transcript"]
-        child = transcript.child(f"{self.name}/{member.name}")
-        try:
-            reply = await _speak(child, member, (member.role, *messages), how)
-        finally:
-            self.gone += child.usage
-            transcript.known_tokens = max(
-                transcript.known_tokens, transcript.ledger.n_tokens if child.turn else 0
-            )
-        sampled = child.ledger.tokens()[-child.ledger.spans[-1].sampled :]
-        heard = transcript.ledger.fork(transcript.ledger.session_id)
-        heard.append({"role": "user", "content": f"{member.name} speaks."})
-        sent = heard.request()["prompt"]
-        message = {"content": reply.text, "name": member.name}
-        heard.commit(
-            {"prompt_token_ids": sent, "choices": [{"token_ids": sampled, "message": message}]}
-        )
-        transcript.adopt(heard)
-        return reply
+    def _cue(self, member: Member) -> list[Message]:
+        """What an agent is told when it is its turn."""
+        if self.layout == "role-first":
+            return []
+        if self.layout == "shared-first" or not member.turn:
+            return [f"{member.name}: {member.role}"]
+        return [f"{member.name} speaks."]
+
+    def _spread(self, heard: Mapping[str, Any], speaker: str) -> None:
+        self._said.append(heard)
+        for other in self.members:
+            if other != speaker:
+                self.sessions[other].append(heard)
 
     def close(self) -> None:
         """Closes all sessions."""
@@ -215,3 +219,18 @@ async def _speak(
         return await session.step(*messages, **how)
     held: dict[str, Any] = {"allow": member.allow, **how}
     return await session.run(*messages, **held)
+
+
+def _hear(transcript: Session, child: Session, reply: Reply[Any], speaker: str) -> None:
+    """Puts the ids that were sampled behind a role to the transcript, which is without it."""
+    known = transcript.ledger.n_tokens
+    sampled = child.ledger.tokens()[-child.ledger.spans[-1].sampled :]
+    heard = transcript.ledger.fork(transcript.ledger.session_id)
+    heard.append({"role": "user", "content": f"{speaker} speaks."})
+    sent = heard.request()["prompt"]
+    message = {"content": reply.text, "name": speaker}
+    heard.commit(
+        {"prompt_token_ids": sent, "choices": [{"token_ids": sampled, "message": message}]}
+    )
+    transcript.adopt(heard)
+    transcript.known_tokens = known

@@ -347,12 +347,12 @@ def test_a_team_goes_on_from_disk_where_it_was(play: Any, tmp_path: Path) -> Non
     play(go_on)
 
 
-def test_shared_first_computes_the_transcript_once_and_role_first_once_an_agent(
+def test_a_shared_transcript_is_computed_once_and_role_first_once_an_agent(
     play: Any,
 ) -> None:
     async def work(runtime: Runtime) -> None:
         spent, last = {}, {}
-        for layout in ("role-first", "shared-first"):
+        for layout in ("role-first", "shared-first", "one-ledger"):
             system = f"({layout}) " + SYSTEM * 2
             team = runtime.team(layout, system=system, layout=layout)
             for name in ("lead", "cook", "mate"):
@@ -364,7 +364,9 @@ def test_shared_first_computes_the_transcript_once_and_role_first_once_an_agent(
             assert [str(m["content"]).partition(":")[0] for m in team.said[1:]]
         # Three agents, a log of 400 tokens.
         assert spent["shared-first"] < 0.55 * spent["role-first"]
-        assert last["shared-first"].usage.cached_tokens > 400
+        assert spent["one-ledger"] < spent["shared-first"]
+        for layout in ("shared-first", "one-ledger"):
+            assert last[layout].usage.cached_tokens > 400
 
     play(work)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from kvmem.agents.state import MAGIC, NAME, Saved
 from kvmem.context import Ledger
 from kvmem.context.file import read_checked
 from kvmem.errors import ConfigError, RequestRefused
-from tests.fake_engine import RENDERER, FakeEngine, runtime
+from tests.fake_engine import END, RENDERER, FakeEngine, runtime
 
-LAYOUTS = ["role-first", "shared-first"]
+LAYOUTS = ["role-first", "shared-first", "one-ledger"]
 
 
 def play(engine: FakeEngine, work: Callable[[Runtime], Awaitable[Any]], **options: Any) -> Any:
@@ -109,11 +111,31 @@ def test_shared_first_shares_everything_that_role_first_cannot() -> None:
         async with runtime(engine) as opened:
             await work(opened)
         a, b = (body["prompt"] for body in engine.bodies)
-        return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+        pairs = enumerate(zip(a, b, strict=False))
+        return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
-    role, shared = (asyncio.run(common(layout)) for layout in LAYOUTS)
+    role, shared, one = (asyncio.run(common(layout)) for layout in LAYOUTS)
     assert role < 40
-    assert shared > 250
+    assert min(shared, one) > 250
+
+
+def test_in_one_ledger_each_prompt_is_the_last_one_its_answer_and_what_is_new() -> None:
+    engine = FakeEngine("Aye.")
+
+    async def work(opened: Runtime) -> None:
+        team = crew(opened, "one-ledger")
+        for name in ("cook", "mate", "cook"):
+            await team.turn(name, "Be quick.")
+        prompts = [body["prompt"] for body in engine.bodies]
+        for before, after in itertools.pairwise(prompts):
+            had = [*before, *RENDERER.encode("Aye."), *END]
+            assert after[: len(had)] == had
+        text = RENDERER.decode(prompts[-1])
+        assert text.count("You are the cook.") == text.count("You are the mate.") == 1
+        assert "cook speaks." in text
+        assert [member.turn for member in team.members.values()] == [2, 1]
+
+    play(engine, work)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -127,13 +149,13 @@ def test_a_turn_that_fails_was_heard_by_nobody(layout: str) -> None:
             await team.turn("cook")
         assert {name: one.ledger.digest for name, one in team.sessions.items()} == before
         assert len(team.said) == 1
-        await team.turn("cook")
+        assert (await team.turn("cook")).turn == 1
 
     play(engine, work)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_member_calls_the_tools_that_it_may_and_others_hear_the_answer_alone(
+def test_a_member_calls_the_tools_that_it_may_and_others_hear_its_answer(
     layout: str,
 ) -> None:
     call = '<tool_call>\n{"name": "look", "arguments": {"key": "rum"}}\n</tool_call>'
@@ -144,7 +166,7 @@ def test_a_member_calls_the_tools_that_it_may_and_others_hear_the_answer_alone(
         team.agent("boy", role="You may not look.", allow="nothing")
         reply = await team.turn("cook")
         assert (reply.text, reply.turn) == ("It is 42.", 2)
-        assert "rum: 42" not in str(team.said)
+        assert ("rum: 42" in str(team.said)) is (layout == "one-ledger")
         await team.turn("boy")
         assert engine.bodies[-1]["bad_words"] == ["<tool_call>"]
 
@@ -262,7 +284,7 @@ def test_the_format_page_names_the_fields_of_a_team(tmp_path: Path) -> None:
     section = page.partition("## A team, version 1")[2].partition("\n## ")[0]
     told = msgspec.msgpack.decode(read_checked(tmp_path / NAME, MAGIC, "team"))
     drawn = section.partition("payload  :=")[2].partition("```")[0]
-    assert [line.split()[0] for line in drawn.splitlines()[1:]] == list(told)
+    assert re.findall(r"^  (\w+)", drawn, re.MULTILINE) == list(told)
     assert list(told) == list(Saved.__struct_fields__)
 
 
