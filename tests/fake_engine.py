@@ -59,7 +59,11 @@ class FakeEngine(httpx.AsyncBaseTransport):
         if isinstance(fault, tuple):
             return httpx.Response(fault[0], headers=fault[1])
         if fault == "hang":
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _ in range(8):  # hanging up takes a moment
+                    await asyncio.sleep(0)
         if fault == "wait":
             await self.go.wait()
         prompt = body["prompt"]

@@ -176,7 +176,8 @@ async def spread(parent: Session, tasks: Sequence[Message], how: How, wish: Wish
         # The first one ended the others.
         raise failures.exceptions[0] from failures
     finally:
-        parent.learned(children, shared)
+        if any(child.turn for child in children):  # what they made the engine compute
+            parent.known_tokens = max(parent.known_tokens, shared)
     return Fanout([task.result() for task in running], choice, time.monotonic() - began)
 
 
@@ -187,8 +188,8 @@ def _children(
     at = None if share == "prefix" else 1
     shared = parent.ledger.n_tokens if at is None else parent.ledger.spans[0].stop
     made = []
-    for number, task in enumerate(tasks, 1):
-        child = parent.child(f"{parent.name}/{parent.turn}.{number}", at=at)
+    for task in tasks:
+        child = parent.child(parent.next_name(), at=at)
         child.append(task)
         made.append(child)
     choice = parent.weigh([child.ledger.n_tokens - shared for child in made])

@@ -70,6 +70,7 @@ class Session:
         self.closed = closed
         self.asker, self._ledger = asker, ledger
         self._lock = asyncio.Lock()
+        self._born = 0
 
     def __repr__(self) -> str:
         told = f"{self._ledger.n_tokens:,} tokens, {self.turn} turns"
@@ -146,15 +147,15 @@ class Session:
 
         `async with session.stream("...") as stream: async for text in stream: ...`; then
         `stream.reply`. One that is left before its end commits nothing, and the engine stops.
-
-        Raises:
-            As `step`.
+        Raises as `step` does.
         """
         wish = Wish(allow=allow, mode=mode, timeout_s=timeout_s, fields=fields)
         async with self._turn(messages, wish) as turn:
             pieces = self.asker.wire.stream(turn.body, turn.where, timeout_s=turn.timeout_s)
             async with contextlib.aclosing(pieces):
-                yield Stream(pieces, turn.prefill, lambda answer: self._commit(turn, answer))
+                yield Stream(
+                    pieces, turn.prefill, turn.note, lambda answer: self._commit(turn, answer)
+                )
 
     async def step_streamed(self, wish: Wish, on_first: Callable[[], None]) -> Reply[Any]:
         """A turn that says when its first token is there: by then its prompt is computed."""
@@ -166,6 +167,7 @@ class Session:
             async with contextlib.aclosing(pieces):
                 async for _, answer in pieces:
                     last = answer
+                    turn.note(answer)
                     on_first()
             if last is None:
                 raise AgentError(f"{turn.where}: an empty answer", **turn.where.details)
@@ -183,12 +185,10 @@ class Session:
         """Turns until the model answers without a call; its calls are made and answered between.
 
         Args:
-            messages: see `step`.
+            messages: see `step`, as for the other arguments.
             max_turns: turns at most.
-            allow: see `step`.
             mode: of the first turn; later ones are "auto" where it is "required".
             timeout_s: of each turn.
-            fields: see `step`.
 
         Raises:
             ToolCallInvalid: three turns in a row have no call that its tool's schema takes.
@@ -202,9 +202,12 @@ class Session:
             )
             if not reply.tool_calls:
                 return reply
+            if number == max_turns - 1:
+                break
             faulty = faulty + 1 if all(call.fault for call in reply.tool_calls) else 0
             messages = tuple(await self.answer(reply.tool_calls))
             if faulty >= FAULTY_TURNS:
+                self.append(*messages)
                 fault = reply.tool_calls[-1]
                 raise ToolCallInvalid(
                     f"{self.where}: {faulty} turns in a row call tools wrongly, at last "
@@ -215,7 +218,8 @@ class Session:
                 )  # fmt: skip
         raise AgentError(
             f"{self.where}: it still calls tools after {max_turns} turns",
-            next_step="Give more max_turns, or go on with step(..., mode='none').",
+            next_step="Give more max_turns, or go on: step(*await answer(error.tool_calls)).",
+            tool_calls=reply.tool_calls,
             **self.where.details,
         )
 
@@ -313,15 +317,15 @@ class Session:
 
     # -- the rest ----------------------------------------------------------------------------
 
+    def next_name(self) -> str:
+        """Of a child that has none of its own."""
+        self._born += 1
+        return f"{self.name}/{self._born}"
+
     def knows(self, n_tokens: int) -> bool:
         """Whether the engine has all whole blocks of the first `n_tokens`, as far as is known."""
         block = self.asker.block_tokens
         return self.known_tokens // block >= n_tokens // block
-
-    def learned(self, children: Sequence[Session], shared: int) -> None:
-        """What the engine has computed for children it has for this session too."""
-        if any(child.turn for child in children):
-            self.known_tokens = max(self.known_tokens, shared)
 
     def adopt(self, ledger: Ledger) -> None:
         """Goes on with another ledger, such as `ledger.rewrite(...)`'s next epoch.

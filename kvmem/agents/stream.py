@@ -19,9 +19,11 @@ class Stream:
         self,
         pieces: AsyncGenerator[tuple[str, Answer], None],
         prefill: str,
+        note: Callable[[Answer], None],
         commit: Callable[[Answer], Reply[Any]],
     ) -> None:
-        self._pieces, self._prefill, self._commit = pieces, prefill, commit
+        self._pieces, self._prefill = pieces, prefill
+        self._note, self._commit = note, commit
         self._reply: Reply[Any] | None = None
 
     async def __aiter__(self) -> AsyncIterator[str]:
@@ -30,6 +32,7 @@ class Stream:
             yield self._prefill
         async for text, answer in self._pieces:
             last = answer
+            self._note(answer)
             if text:
                 yield text
         if last is not None:

@@ -72,6 +72,11 @@ class Turn:
         self.began = time.monotonic()
         self._wish, self._form = wish, form
 
+    def note(self, answer: Answer) -> None:
+        """What was spent so far, should the rest never come."""
+        sampled = len(answer.response["choices"][0]["token_ids"])
+        self.usage = Usage.of(answer.response, len(self.body["prompt"]), sampled)
+
     def finish(
         self, answer: Answer, tools: Mapping[str, Tool], calls_before: int
     ) -> tuple[Reply[Any], int]:

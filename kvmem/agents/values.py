@@ -115,13 +115,13 @@ class Reply(msgspec.Struct, Generic[T], frozen=True):
 
 
 class Where(msgspec.Struct, frozen=True):
-    """Whose turn it is; errors begin with it."""
+    """Whose turn it is; errors begin with it. Turn 0 is nobody's, and told by the name alone."""
 
     agent: str
     turn: int
 
     def __str__(self) -> str:
-        return f"Agent {self.agent}, turn {self.turn}"
+        return f"Agent {self.agent}, turn {self.turn}" if self.turn else self.agent
 
     @property
     def details(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ COMPLETIONS = "/v1/completions"
 MODELS = "/v1/models"
 CONNECT_S = 10.0
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that pass
-NOBODY = Where("runtime", 0)
+NOBODY = Where("The runtime", 0)
 
 
 class Retries(msgspec.Struct, frozen=True):
@@ -127,7 +127,10 @@ class Wire:
         Raises:
             EngineUnavailable, RequestRefused: see `complete`.
         """
-        return list((await self._with_retries("GET", MODELS, None, NOBODY))[0]["data"])
+        told, _ = await self._with_retries("GET", MODELS, None, NOBODY)
+        if not isinstance(told.get("data"), list):
+            raise self._no_engine(MODELS, NOBODY)
+        return list(told["data"])
 
     async def metrics(self) -> str:
         """The server's own figures as Prometheus text; empty where it gives none."""
@@ -135,7 +138,7 @@ class Wire:
 
         try:
             response = await self._client.get("/metrics")
-        except httpx.TransportError:
+        except httpx.RequestError:
             return ""  # whoever asks has a default
         return response.text if response.status_code == 200 else ""
 
@@ -151,6 +154,8 @@ class Wire:
         """
         async with _Bound(where, timeout_s).left():
             told, attempts = await self._with_retries("POST", COMPLETIONS, body, where)
+        if not told.get("choices"):
+            raise self._no_engine(COMPLETIONS, where)
         return Answer(told, attempts)
 
     async def stream(
@@ -225,7 +230,7 @@ class Wire:
                         yield text
                 if not whole:
                     raise _Passing("the stream ended before its end")
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _Passing(f"{type(error).__name__}: {error}") from error
         except msgspec.DecodeError as error:
             raise _Passing(f"a line of the stream is no JSON: {error}") from error
@@ -241,11 +246,14 @@ class Wire:
             try:
                 try:
                     response = await self._client.request(method, path, json=body)
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     raise _Passing(f"{type(error).__name__}: {error}") from error
                 if response.status_code != 200:
                     self._raise_for(response, where)
-                return response.json(), attempt
+                try:
+                    return dict(response.json()), attempt
+                except (ValueError, TypeError) as error:
+                    raise self._no_engine(path, where) from error
             except _Passing as fault:
                 await self._wait(attempt, fault, where)
 
@@ -262,6 +270,13 @@ class Wire:
             "was before.",
             attempts=attempts, **where.details,
         )  # fmt: skip
+
+    def _no_engine(self, path: str, where: Where) -> EngineError:
+        return EngineError(
+            f"{where}: what {self.base_url}{path} answers is not vLLM's",
+            next_step="Give the address of a vLLM server, or look at the proxy before it.",
+            **where.details,
+        )
 
     def _raise_for(self, response: httpx.Response, where: Where) -> NoReturn:
         """Raises what a status other than 200 means."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,6 +26,7 @@ from kvmem.errors import BudgetExceeded, RequestRefused, ResultInvalid, TurnTime
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 32
 SYSTEM = "You are one of a team that plans long journeys by sea. Answer briefly. "
 
@@ -311,20 +314,37 @@ def test_a_budget_of_tokens_bounds_all_children_together(play: Any) -> None:
     play(work)
 
 
-def test_a_team_goes_on_from_disk_where_it_was(play: Any, tmp_path: Path) -> None:
+# Saves a team and is killed.
+SAVES = """
+import os, signal, sys
+from pathlib import Path
+from kvmem.agents import Budget, sync
+from tests.e2e.test_agents import SYSTEM, look_up
+
+with sync.Runtime(sys.argv[1], max_tokens=12, fields={"temperature": 0}) as runtime:
+    team = runtime.team("crew", system=SYSTEM * 8, tools=[look_up], budget=Budget(tokens=9999))
+    lead = team.session("lead")
+    lead.step("Where to?")
+    team.agent("cook", role="You cook.")
+    team.tell("We sail tomorrow.")
+    team.turn("cook")
+    team.save(Path(sys.argv[2]))
+    print(lead.ledger.digest, team.inner.budget.spent.tokens, flush=True)
+    lead.step("This is not saved.")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_team_goes_on_where_a_killed_process_saved_it(
+    play: Any, server: Server, tmp_path: Path
+) -> None:
     folder = tmp_path / "team"
-
-    async def begin(runtime: Runtime) -> tuple[str, int]:
-        team = runtime.team("crew", system=SYSTEM * 8, tools=[look_up], budget=Budget(tokens=9999))
-        lead = team.session("lead")
-        await lead.step("Where to?")
-        team.agent("cook", role="You cook.")
-        team.tell("We sail tomorrow.")
-        await team.turn("cook")
-        save(team, folder)
-        return lead.ledger.digest, team.budget.spent.tokens
-
-    digest, spent = play(begin)
+    done = subprocess.run(
+        [sys.executable, "-c", SAVES, server.url, str(folder)],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    digest, spent = done.stdout.split()
     files = list(folder.iterdir())
     assert len(files) == 3
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
@@ -334,13 +354,14 @@ def test_a_team_goes_on_from_disk_where_it_was(play: Any, tmp_path: Path) -> Non
         team = runtime.resume(folder, tools=[look_up])
         lead = team.sessions["lead"]
         assert (lead.ledger.digest, lead.turn) == (digest, 1)
-        assert (team.budget.tokens, team.budget.spent.tokens) == (9999, spent)
+        assert (team.budget.tokens, team.budget.spent.tokens) == (9999, int(spent))
         asked = lead.ledger.n_tokens
         reply = await lead.step("Why there?")
         assert reply.turn == 2
         assert reply.usage.cached_tokens == whole(asked - 1) > 0
         reply = await team.turn("cook")
         assert reply.usage.cached_tokens > 0
+        assert len(team.said) == 3
         save(team, folder)
         assert len(list(folder.iterdir())) == 3  # what is not named any more is gone
 

@@ -221,6 +221,39 @@ def test_the_time_of_a_turn_bounds_its_retries_too() -> None:
     asyncio.run(main())
 
 
+def test_what_a_stream_that_is_left_had_sampled_is_spent() -> None:
+    async def work(opened: Runtime) -> None:
+        budget = Budget(tokens=500)
+        one = opened.session("planner", system="Plan.", budget=budget)
+        prompt = one.quote("Where?").prefix.computed_tokens
+        async with one.stream("Where?") as stream:
+            taken = [await anext(aiter(stream))]
+        assert taken == ["A"]
+        assert (one.turn, budget.spent.tokens) == (0, prompt + 1)
+
+    play(FakeEngine(), work)
+
+
+@pytest.mark.parametrize("body", ["<html>", "[]", "{}", '{"choices": []}'])
+def test_what_is_no_engine_is_said_to_be_none(body: str) -> None:
+    class Page(FakeEngine):
+        async def _answer(self, asked: dict[str, Any], fault: Any) -> httpx.Response:
+            return httpx.Response(200, text=body)
+
+    async def work(opened: Runtime) -> None:
+        with pytest.raises(EngineError, match=r"Agent planner, turn 1: what http://engine/v1/comp"):
+            await opened.session("planner").step("Where?")
+
+    play(Page(), work)
+
+    class Door(FakeEngine):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            return httpx.Response(200, text=body)
+
+    with pytest.raises(EngineError, match=r"^The runtime: what http://engine/v1/models answers"):
+        play(Door(), _nothing)
+
+
 def test_a_reader_that_takes_its_time_is_not_cut_off() -> None:
     async def work(opened: Runtime) -> None:
         one = opened.session("planner", system="Plan.")
@@ -298,7 +331,7 @@ def test_where_the_first_child_fails_the_next_one_asks_alone() -> None:
         engine.go.set()
         found = await doing
         assert [type(result.error) for result in found] == [RequestRefused, type(None), type(None)]
-        assert found.errors[0].agent == "lead/0.1"
+        assert found.errors[0].agent == "lead/1"
         with pytest.raises(RequestRefused):
             _ = found.values
 
@@ -323,11 +356,12 @@ def test_a_cancelled_map_leaves_nothing_running(known: int) -> None:
     engine = FakeEngine(faults=["hang"] * 3)
 
     async def work(opened: Runtime) -> None:
-        one = opened.session("lead", system="Lead.")
+        one = opened.session("lead", system="Lead. " * 20)
         one.known_tokens = known
         doing = asyncio.create_task(one.map(["a", "b", "c"]))
         while len(engine.bodies) < (3 if known else 1):
             await asyncio.sleep(0)
+        assert engine.running == (3 if known else 1)
         doing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await doing
@@ -477,8 +511,12 @@ def test_a_model_that_never_calls_rightly_is_given_up() -> None:
 def test_a_model_that_calls_for_ever_is_stopped() -> None:
     async def work(opened: Runtime) -> None:
         one = opened.session("adder", system="Add.", tools=[add])
-        with pytest.raises(AgentError, match=r"still calls tools after 2 turns"):
+        with pytest.raises(AgentError, match=r"still calls tools after 2 turns") as told:
             await one.run("Add 1 and 1.", max_turns=2)
+        # Its last call was not made; whoever wants goes on.
+        assert [m["role"] for m in one.ledger.messages()].count("tool") == 1
+        reply = await one.step(*await one.answer(told.value.tool_calls))
+        assert reply.turn == 3
 
     play(FakeEngine(call('{"name": "add", "arguments": {"a": 1}}')), work)
 

@@ -59,6 +59,7 @@ def test_role_first_begins_with_the_role_and_says_to_others_who_spoke() -> None:
         team = crew(opened, "role-first")
         await team.turn("cook")
         await team.turn("mate")
+        assert team.usage.requests == 2
         first, second = (RENDERER.decode(body["prompt"]) for body in engine.bodies)
         assert "You are the cook.\n\nSail." in first
         assert "You are the mate.\n\nSail." in second
@@ -134,6 +135,7 @@ def test_in_one_ledger_each_prompt_is_the_last_one_its_answer_and_what_is_new() 
         assert text.count("You are the cook.") == text.count("You are the mate.") == 1
         assert "cook speaks." in text
         assert [member.turn for member in team.members.values()] == [2, 1]
+        assert team.usage.requests == 3
 
     play(engine, work)
 
