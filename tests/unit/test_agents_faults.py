@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -648,6 +649,16 @@ def test_what_cannot_be_opened_says_why() -> None:
         Runtime("http://engine").session("planner")
     with pytest.raises(ConfigError, match=r"does not have the model other.* Give one of m"):
         play(FakeEngine(), _nothing, model="other")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Runtime("http://engine", transport=FakeEngine(), tokenizer=str(tmp_path)):
+            pass
+
+    with pytest.raises(ConfigError, match=r"The tokenizer of .* cannot be read") as told:
+        asyncio.run(main())
+    assert "tokenizer=" in told.value.next_step
 
 
 async def _nothing(opened: Runtime) -> None:
