@@ -1,4 +1,4 @@
-"""The kvmem command: `demo`, `serve`, `stats`, `switch`, `quarantine`, `verify`, `lint`,
+"""The kvmem command: `demo`, `serve`, `gateway`, `stats`, `switch`, `quarantine`, `verify`, `lint`,
 `replay`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
@@ -45,6 +45,7 @@ bit, when a prompt begins the same way.
 \b
   kvmem demo              see what it does, on a real model and this CPU
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
+  kvmem gateway           text histories of any client become exact tokens, before an engine
   kvmem stats --watch     what the running engines reuse, live
   kvmem switch            its loads and stores off and on, in a running engine
   kvmem quarantine        blocks that failed a check in a running engine, and what is left of them
@@ -199,6 +200,53 @@ app.command(
     options_metavar="",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(_with_settings())
+
+
+@app.command()
+def gateway(
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(help="The engine's address, http://127.0.0.1:8000; again for another one."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free one.")] = 8900,
+    sessions: Annotated[
+        Path | None, typer.Option(help="A folder for the ledgers; without it memory only.")
+    ] = None,
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=FOLDER", help="Where the engine's own folder is not here."),
+    ] = None,
+    token: Annotated[
+        str, typer.Option(envvar="KVMEM_GATEWAY_TOKEN", help="What clients must give.")
+    ] = "",
+    upstream_key: Annotated[
+        str, typer.Option(envvar="KVMEM_UPSTREAM_KEY", help="The engine's API key.")
+    ] = "",
+    max_sessions: Annotated[int, typer.Option(help="Ledgers that are kept.")] = 10_000,
+    max_streams: Annotated[int, typer.Option(help="Requests at once; as many more wait.")] = 256,
+    max_body_mb: Annotated[float, typer.Option(help="Of a request.")] = 32.0,
+    timeout: Annotated[float, typer.Option(help="Seconds without a byte of the engine.")] = 600.0,
+) -> None:
+    """Stand before an engine, so that every turn of a session extends the last one token by token.
+
+    OpenAI's chat completions and responses and Anthropic's messages on one address. Clients change
+    nothing but their base URL. Sessions are found by X-Session-ID, session_id or prompt_cache_key,
+    else by what they begin with; usage says what was cached and why not all was.
+
+    It listens on 127.0.0.1 unless you give --host, and then it wants a token too.
+    """
+    from kvmem.agents.gateway.serve import run
+    from kvmem.agents.gateway.settings import Settings, pairs
+
+    run(
+        Settings(
+            upstreams=tuple(upstream or ()), host=host, port=port, token=token,
+            upstream_key=upstream_key, sessions=sessions, tokenizers=pairs(tokenizer or ()),
+            max_sessions=max_sessions, max_streams=max_streams, max_body_mb=max_body_mb,
+            timeout_s=timeout,
+        )
+    )  # fmt: skip
 
 
 @app.command()

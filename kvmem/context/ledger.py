@@ -161,6 +161,16 @@ class Ledger:
     # -- reading -----------------------------------------------------------------------------
 
     @property
+    def system(self) -> str | None:
+        """The head's system prompt."""
+        return self._system
+
+    @property
+    def tools(self) -> tuple[Any, ...]:
+        """The head's tools."""
+        return self._tools
+
+    @property
     def spans(self) -> tuple[Span, ...]:
         """All spans, the head first."""
         return tuple(spans_of(self._last))
