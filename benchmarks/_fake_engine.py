@@ -143,22 +143,30 @@ class FakeEngine:
         head = {"id": f"chatcmpl-{number}", "created": 1, "model": body["model"]}
         tells = self.tells_ids and bool(body.get("return_token_ids"))
         if body.get("stream"):
-            await self._stream(head, reply, given, sampled, usage, finish, tells, body, send)
+            await self._stream(
+                head, reply, given, sampled, usage, finish, tells, body, receive, send
+            )
         else:
             message: dict[str, Any] = {"role": "assistant", "content": reply.text or None}
             if reply.calls:
                 message |= {"content": None, "tool_calls": _calls(number, reply)}
-            choice = {"index": 0, "message": message, "finish_reason": finish}
-            if tells:
-                choice["token_ids"] = sampled
-            told = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+            choices = [{"index": 0, "message": message, "finish_reason": finish}]
+            for i, text in enumerate(body.get("fake_choices") or ()):  # what `n` asks for
+                more = {"message": {"role": "assistant", "content": text}}
+                choices[i:] = [{"index": i, "finish_reason": finish, **more}]
+            for choice in choices:
+                if tells:
+                    text = choice["message"]["content"] if len(choices) > 1 else reply.text
+                    choice["token_ids"] = [*self.encode(text), self.end][:most]
+            told = {**head, "object": "chat.completion", "choices": choices, "usage": usage}
             if tells:
                 told["prompt_token_ids"] = given
             await self._answer(send, told)
 
     async def _stream(
         self, head: dict[str, Any], reply: Reply, given: list[int], sampled: list[int],
-        usage: dict[str, Any], finish: str, tells: bool, body: dict[str, Any], send: Any,
+        usage: dict[str, Any], finish: str, tells: bool, body: dict[str, Any],
+        receive: Any, send: Any,
     ) -> None:  # fmt: skip
         head = {**head, "object": "chat.completion.chunk"}
         kind = [(b"content-type", b"text/event-stream")]
@@ -169,30 +177,37 @@ class FakeEngine:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         first: dict[str, Any] = {"index": 0, "delta": {"role": "assistant", "content": ""}}
-        await event({**head, "choices": [first], **({"prompt_token_ids": given} if tells else {})})
+        ids = {"prompt_token_ids": given} if tells else {}
+        await event({**head, "choices": [first], **ids})
         pieces = _pieces(reply, len(sampled), len(self.bodies) - 1)
         for n, (token, delta) in enumerate(zip(sampled, pieces, strict=True)):
             if n == reply.hold_after:
                 self.holding.set()
-                try:
-                    await asyncio.to_thread(self._go_on.wait, 30)
-                except asyncio.CancelledError:
-                    self.aborted.set()
-                    raise
+                if not await self._held(receive):
+                    return
             if n == reply.break_after:
                 raise ConnectionResetError("told to")
             choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None}
             choice["finish_reason"] = finish if n == len(sampled) - 1 else None
             if tells:
                 choice["token_ids"] = [token]
-            try:
-                await event({**head, "choices": [choice]})
-            except OSError:
-                self.aborted.set()
-                raise
+            await event({**head, "choices": [choice]})
         if (body.get("stream_options") or {}).get("include_usage"):
             await event({**head, "choices": [], "usage": usage})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _held(self, receive: Any) -> bool:
+        """Whether it may go on; else the client has gone, as vLLM sees it too."""
+        going = asyncio.ensure_future(asyncio.to_thread(self._go_on.wait, 30))
+        gone = asyncio.ensure_future(receive())
+        await asyncio.wait({going, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not going.done():
+            self.aborted.set()
+            self._go_on.set()
+            await going
+            return False
+        gone.cancel()
+        return True
 
 
 def _calls(number: int, reply: Reply) -> list[dict[str, Any]]:
@@ -240,6 +255,10 @@ class Serving:
         trace: TracebackType | None,
     ) -> None:
         """Ends it."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends it; once more does nothing."""
         self._server.should_exit = True
         self._thread.join()
         self._listener.close()

@@ -1,131 +1,19 @@
-"""The gateway before an engine that computes nothing: sessions, reasons, failures, limits."""
+"""The gateway before an engine that computes nothing: sessions, and the reasons of misses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from openai import OpenAI
 
-from benchmarks._fake_engine import FakeEngine, Reply, Serving
 from kvmem.agents.gateway.app import Gateway
 from kvmem.agents.gateway.settings import Settings
-from tests import tiny_tokenizers
-
-TOOLS = [
-    {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}},
-    {"type": "function", "function": {"name": "open", "description": "Opens."}},
-]
-SYSTEM = {"role": "system", "content": "You look around in the house and tell what there is."}
-Start = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_tokenizers.tokenizer().save_pretrained(path)
-    return path
-
-
-def say(number: int, body: dict[str, Any]) -> Reply:
-    """Text that no tokenizer would cut as it was sampled is not needed: the ids are compared."""
-    if body.get("tools") and number % 2 == 0:
-        arguments = json.dumps({"q": f"b{number}"})
-        return Reply(f"<call>look {arguments}</call>", calls=[("look", arguments)])
-    return Reply(f" The answer, number {number}. ")
-
-
-def engine_of(folder: Path, **more: Any) -> FakeEngine:
-    """Renders by transformers itself, with what vLLM does to messages and tools before."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-
-    def render(messages: Any, tools: Any = None, **template: Any) -> list[int]:
-        told = []
-        for message in messages:
-            content = message.get("content")
-            if isinstance(content, list):
-                content = "\n".join(part["text"] for part in content)
-            one = {**message, "content": content or ""}
-            for call in one.get("tool_calls") or ():
-                arguments = json.loads(call["function"]["arguments"])
-                call["function"] = {**call["function"], "arguments": arguments}
-            told.append(one)
-        empty = {"description": None, "parameters": None}
-        tools = [{**t, "function": {**empty, **t["function"]}} for t in tools or ()]
-        tools = [
-            {"type": "function", "function": {
-                k: t["function"][k] for k in ("name", "description", "parameters")}}
-            for t in tools
-        ]  # fmt: skip
-        text = tokenizer.apply_chat_template(
-            told, tools=tools or None, tokenize=False, add_generation_prompt=True, **template
-        )
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-    made = {"say": say, **more}
-    return FakeEngine(str(folder), render, encode, encode("<|e|>")[0], **made)
-
-
-@pytest.fixture
-def start(folder: Path) -> Iterator[Start]:
-    """Starts engine and gateway; what it gives has `engine`, `url`, `client` and `gateway`."""
-    running: list[Any] = []
-
-    def start(*, engine: FakeEngine | None = None, upstream: str | None = None,
-              **settings: Any) -> Any:  # fmt: skip
-        made = engine or engine_of(folder)
-        if upstream is None:
-            behind = Serving(made)
-            running.append(behind.__enter__())
-            upstream = behind.url
-        gateway = Gateway(Settings(upstreams=(upstream,), **settings))
-        front = Serving(gateway, lifespan="on")
-        running.append(front.__enter__())
-
-        class Started:
-            engine = made
-            url = front.url
-            client = OpenAI(base_url=front.url + "/v1", api_key="a", max_retries=0)
-
-        Started.gateway = gateway  # type: ignore[attr-defined]
-        Started.stop = lambda: (running.remove(front), front.__exit__(None, None, None))  # type: ignore[attr-defined]
-        return Started
-
-    yield start
-    for one in reversed(running):
-        one.__exit__(None, None, None)
-
-
-def ask(one: Any, messages: list[Any], **more: Any) -> Any:
-    return one.client.chat.completions.create(model="fake", messages=messages, **more)
-
-
-def streamed(one: Any, messages: list[Any], **more: Any) -> tuple[dict[str, Any], Any]:
-    """The message and usage of a stream, put together as clients do."""
-    text, calls, usage = "", [], None
-    with one.client.chat.completions.create(
-        model="fake", messages=messages, stream=True, stream_options={"include_usage": True}, **more
-    ) as stream:
-        for chunk in stream:
-            usage = chunk.usage or usage
-            for choice in chunk.choices:
-                text += choice.delta.content or ""
-                calls += [c.model_dump(exclude={"index"}) for c in choice.delta.tool_calls or ()]
-    message: dict[str, Any] = {"role": "assistant", "content": text or None}
-    return ({**message, "tool_calls": calls} if calls else message), usage
-
-
-def whole(one: Any, messages: list[Any], **more: Any) -> tuple[dict[str, Any], Any]:
-    told = ask(one, messages, **more)
-    return told.choices[0].message.model_dump(exclude_none=True), told.usage
+from kvmem.errors import ConfigError
+from tests.gateways import SYSTEM, TOOLS, Start, ask, engine_of, streamed, whole
 
 
 @pytest.mark.parametrize("how", [whole, streamed])
@@ -174,3 +62,216 @@ def test_the_first_prompt_is_the_servers_own_rendering(start: Start) -> None:
     ]
     ask(one, messages, tools=TOOLS)
     assert one.engine.prompts[0] == one.engine.render(json.loads(json.dumps(messages)), TOOLS)
+
+
+def test_an_edited_history_is_answered_and_told(start: Start) -> None:
+    one = start()
+    messages: list[Any] = [SYSTEM, {"role": "user", "content": "First?"}]
+    for _ in range(2):
+        said, _ = whole(one, messages, extra_body={"session_id": "s"})
+        messages += [said, {"role": "user", "content": "And then?"}]
+    edited = [*messages[:3], {"role": "user", "content": "Something else?"}]
+    answer, usage = whole(one, edited, extra_body={"session_id": "s"})
+    assert answer["content"]
+    told = usage.kvmem
+    assert (told["miss"], told["message"], told["fields"]) == ("messages_changed", 3, ["content"])
+    # What stands before the edit is still the sampled ids, and is found.
+    assert told["committed_tokens"] > 0
+    assert usage.prompt_tokens_details.cached_tokens >= told["ideal_tokens"] > 0
+    # It reads what was asked now: the same as the server would render, but for what was sampled.
+    assert one.engine.prompts[-1] == one.engine.render(edited)
+
+
+@pytest.mark.parametrize(
+    ("change", "miss"),
+    [
+        ({"messages": [{"role": "system", "content": "Other."}]}, "system_changed"),
+        ({"tools": TOOLS[:1]}, "tools_changed"),
+        ({"messages": [SYSTEM, {"role": "user", "content": "Other?"}]}, "messages_changed"),
+    ],
+)
+def test_a_named_session_says_what_broke_it(
+    start: Start, change: dict[str, Any], miss: str
+) -> None:
+    one = start()
+    first: dict[str, Any] = {"messages": [SYSTEM, {"role": "user", "content": "a"}], "tools": TOOLS}
+    more = {"model": "fake", "extra_headers": {"X-Session-ID": "s"}}
+    one.client.chat.completions.create(**first, **more)
+    changed = {**first, **change}
+    changed["messages"] = [*changed["messages"], {"role": "user", "content": "b"}]
+    usage = one.client.chat.completions.create(**changed, **more).usage
+    assert usage.kvmem["miss"] == miss
+    assert one.engine.bodies[-1]["session_id"] == "s"
+
+
+def test_the_same_request_again_is_no_miss(start: Start) -> None:
+    one = start()
+    messages = [SYSTEM, {"role": "user", "content": "a"}]
+    ask(one, messages)
+    usage = ask(one, messages).usage
+    assert usage.kvmem["miss"] == "none"
+    assert usage.kvmem["committed_tokens"] > 0
+
+
+def test_parallel_turns_of_one_session_are_branches(start: Start) -> None:
+    one = start()
+    messages: list[Any] = [SYSTEM, {"role": "user", "content": "a"}]
+    said, _ = whole(one, messages)
+    both = [[*messages, said, {"role": "user", "content": text}] for text in ("b", "c")]
+    for branch in both:
+        answer, _ = whole(one, branch)
+        branch += [answer, {"role": "user", "content": "more"}]
+    for branch in both:
+        assert whole(one, branch)[1].kvmem["miss"] == "none"
+
+
+def test_every_choice_can_be_gone_on_from(start: Start) -> None:
+    one = start()
+    turn_messages: list[Any] = [SYSTEM, {"role": "user", "content": "a"}]
+    told = ask(one, turn_messages, n=2, extra_body={"fake_choices": ["x y", "z"]})
+    assert [c.message.content for c in told.choices] == ["x y", "z"]
+    for choice in told.choices:
+        said = {"role": "assistant", "content": choice.message.content}
+        usage = ask(one, [*turn_messages, said, {"role": "user", "content": "b"}]).usage
+        assert usage.kvmem["miss"] == "none"
+
+
+def test_an_evicted_prefix_is_the_engines_miss(start: Start) -> None:
+    one = start()
+    messages: list[Any] = [SYSTEM, {"role": "user", "content": "a"}]
+    said, _ = whole(one, messages)
+    one.engine.forget()
+    usage = ask(one, [*messages, said, {"role": "user", "content": "b"}]).usage
+    assert usage.kvmem["miss"] == "engine_evicted"
+    assert usage.prompt_tokens_details.cached_tokens == 0 < usage.kvmem["ideal_tokens"]
+
+
+def test_salts_and_keys_share_nothing(start: Start) -> None:
+    one = start()
+    messages: list[Any] = [SYSTEM, {"role": "user", "content": "a"}]
+    said, _ = whole(one, messages)
+    more = [*messages, said, {"role": "user", "content": "b"}]
+    usage = ask(one, more, extra_body={"cache_salt": "mine"}).usage
+    assert usage.kvmem["miss"] == "new_session"
+    assert one.engine.bodies[-1]["cache_salt"] == "mine"
+    with OpenAI(base_url=one.url + "/v1", api_key="another", max_retries=0) as other:
+        told = other.chat.completions.create(model="fake", messages=more).usage
+    assert told.kvmem["miss"] == "new_session"
+    assert one.engine.sent[-1]["authorization"] == "Bearer another"
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "content", "miss"),
+    [
+        ({}, [IMAGE], "media"),
+        ({"continue_final_message": True}, "a", "template_fields"),
+        ({"chat_template_kwargs": {"loud": True}}, "a", "new_session"),
+    ],
+)
+def test_what_cannot_be_a_ledger_is_handed_on(
+    start: Start, more: dict[str, Any], content: Any, miss: str
+) -> None:
+    one = start()
+    one.engine.render = lambda messages, tools=None, _real=one.engine.render, **t: (
+        [1, 2, 3] if messages[-1]["content"] == [IMAGE] else _real(messages, tools, **t)
+    )
+    usage = ask(one, [{"role": "user", "content": content}], extra_body=more).usage
+    assert usage.kvmem["miss"] == miss
+
+
+def test_an_engine_that_renders_for_itself_is_right_and_told(start: Start, folder: Path) -> None:
+    one = start(engine=engine_of(folder, ignores_ids=True))
+    messages: list[Any] = [SYSTEM, {"role": "user", "content": "a"}]
+    said, _ = whole(one, messages)
+    assert said["content"]
+    said["content"] = said["content"].strip()  # so that its rendering is not what was sampled
+    messages += [said, {"role": "user", "content": "b"}]
+    _, usage = whole(one, messages)
+    assert usage.kvmem["miss"] == "engine_ignores_ids"
+    assert one.engine.prompts[-1] == one.engine.render(messages)
+
+
+def test_an_engine_without_token_ids_is_told(start: Start, folder: Path) -> None:
+    one = start(engine=engine_of(folder, tells_ids=False))
+    assert ask(one, [SYSTEM]).usage.kvmem["miss"] == "no_token_ids"
+    assert len(one.gateway.sessions) == 0
+
+
+def test_another_template_at_the_server_is_seen(start: Start, folder: Path) -> None:
+    engine = engine_of(folder)
+    real = engine.render
+    engine.render = lambda messages, tools=None, **t: [*real(messages, tools, **t), 7]
+    one = start(engine=engine)
+    usage = ask(one, [SYSTEM, {"role": "user", "content": "a"}]).usage
+    assert usage.kvmem["miss"] == "template_differs"
+    assert one.engine.prompts[-1][-1] == 7
+
+
+def test_a_model_without_tokenizer_here_is_handed_on(start: Start) -> None:
+    one = start()
+    one.engine.folder = "some/name"
+    usage = ask(one, [SYSTEM]).usage
+    assert usage.kvmem["miss"] == "no_tokenizer"
+    assert "--tokenizer fake=FOLDER" in usage.kvmem["detail"]
+
+
+def test_ids_are_only_told_where_they_were_asked_for(start: Start) -> None:
+    one = start()
+    messages = [SYSTEM, {"role": "user", "content": "a"}]
+    plain = ask(one, messages).model_dump()
+    assert "prompt_token_ids" not in plain
+    assert "token_ids" not in plain["choices"][0]
+    asked = ask(one, messages, extra_body={"return_token_ids": True}).model_dump()
+    assert asked["prompt_token_ids"] == one.engine.prompts[-1]
+
+
+def test_usage_is_streamed_only_where_it_was_asked_for(start: Start) -> None:
+    one = start()
+    with one.client.chat.completions.create(model="fake", messages=[SYSTEM], stream=True) as stream:
+        assert all(chunk.usage is None and chunk.choices for chunk in stream)
+
+
+def test_sessions_on_disk_are_private_and_found_again(start: Start, tmp_path: Path) -> None:
+    one = start(sessions=tmp_path / "kept")
+    messages: list[Any] = [SYSTEM, {"role": "user", "content": "a"}]
+    said, _ = whole(one, messages, tools=TOOLS)
+    one.front.stop()
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "kept").rglob("*") if p.is_dir()} == {
+        0o700
+    }
+    two = start(engine=one.engine, sessions=tmp_path / "kept")
+    call = said["tool_calls"][0]
+    messages += [said, {"role": "tool", "tool_call_id": call["id"], "content": "b"}]
+    usage = ask(two, messages, tools=TOOLS).usage
+    assert usage.kvmem["miss"] == "none"
+    assert usage.prompt_tokens_details.cached_tokens == usage.kvmem["ideal_tokens"] > 0
+
+
+def test_the_longest_unused_session_goes_first(start: Start, tmp_path: Path) -> None:
+    one = start(max_sessions=2, sessions=tmp_path)
+    for name in "abc":
+        ask(one, [{"role": "user", "content": name}])
+    assert len(one.gateway.sessions) == 2
+    assert len(list(tmp_path.rglob("*.ledger"))) == 2
+    said = {"role": "assistant", "content": " The answer, number 0. "}
+    gone = [{"role": "user", "content": "a"}, said, {"role": "user", "content": "more"}]
+    assert ask(one, gone).usage.kvmem["miss"] == "new_session"
+
+
+def test_two_gateways_do_not_share_a_folder(start: Start, tmp_path: Path) -> None:
+    start(sessions=tmp_path)
+    with pytest.raises(ConfigError, match="Another gateway has --sessions"):
+        Gateway(Settings(upstreams=("http://127.0.0.1:1",), sessions=tmp_path))
+
+
+def test_other_endpoints_are_handed_on(start: Start) -> None:
+    one = start()
+    told = httpx.post(one.url + "/v1/completions", json={"model": "fake", "prompt": "a"}).json()
+    assert told == {"echo": {"model": "fake", "prompt": "a"}}
+    assert [card.id for card in one.client.models.list()] == ["fake"]
+    assert one.client.models.retrieve("fake").id == "fake"

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 import msgspec
 
-from kvmem.agents.gateway import chat
+from kvmem.agents.gateway import anthropic, chat, responses
 from kvmem.agents.gateway.exchange import Exchange
 from kvmem.agents.gateway.http import Receive, Refused, Request, Scope, Send, Stream, answer
 from kvmem.agents.gateway.messages import NotLedgered
 from kvmem.agents.gateway.models import Models, NoModel
 from kvmem.agents.gateway.sessions import Sessions
 from kvmem.agents.gateway.settings import Settings
-from kvmem.agents.gateway.turn import Turn
+from kvmem.agents.gateway.turn import Turn, Wish
 from kvmem.agents.gateway.wire import UpstreamGone, UpstreamSilent
 from kvmem.errors import EngineError, KVMemError
 
@@ -33,8 +33,8 @@ HANDED_ON = ("x-request-id", "x-vllm-priority", "traceparent", "tracestate")
 class Dialect(Protocol):
     """One API: its requests as chat requests, and the engine's answers as its own."""
 
-    def asked(self, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        """The chat request, and for how many seconds the client wants its prefix held."""
+    def asked(self, body: dict[str, Any]) -> tuple[dict[str, Any], Wish]:
+        """The chat request, and what the client wants of its prefix."""
         ...
 
     async def whole(self, exchange: Exchange) -> Any:
@@ -65,7 +65,11 @@ class Gateway:
         self._places = asyncio.Semaphore(settings.max_streams)
         self._waiting = 0
         self._scopes = asyncio.Lock()
-        self._dialects: dict[str, Dialect] = {"/v1/chat/completions": chat.Chat()}
+        self._dialects: dict[str, Dialect] = {
+            "/v1/chat/completions": chat.Chat(),
+            "/v1/messages": anthropic.Anthropic(),
+            "/v1/responses": responses.Responses(),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -230,8 +234,8 @@ class Gateway:
     async def _turn(
         self, request: Request, dialect: Dialect, body: dict[str, Any], send: _Begun
     ) -> None:
-        chat_body, hold_s = dialect.asked(body)
-        exchange = await self._ask(request, chat_body, hold_s)
+        chat_body, wish = dialect.asked(body)
+        exchange = await self._ask(request, chat_body, wish)
         try:
             if exchange.status != 200:
                 await self._refused(exchange, dialect, send)
@@ -250,10 +254,10 @@ class Gateway:
         finally:
             exchange.close()
 
-    async def _ask(self, request: Request, body: dict[str, Any], hold_s: float) -> Exchange:
+    async def _ask(self, request: Request, body: dict[str, Any], wish: Wish) -> Exchange:
         headers = self._headers(request)
         model = await self.models.get(body["model"], headers)
-        turn = Turn(body, model, hold_s=hold_s)
+        turn = Turn(body, model, wish)
         name, by = _name(request, body)
         try:
             if not _is_sound(body):
@@ -263,8 +267,16 @@ class Gateway:
             if not self.sessions.knows(*which):
                 async with self._scopes:  # its ledgers are read from the disk
                     await asyncio.to_thread(self.sessions.scope, *which)
-            turn.begin(self.sessions, self.sessions.scope(*which), name, by)
+            scope = self.sessions.scope(*which)
+            if wish.previous:
+                before = scope.before(wish.previous)
+                if before is None:
+                    raise _not_previous(wish.previous)
+                turn.go_on(before)
+            turn.begin(self.sessions, scope, name, by)
         except NotLedgered as why:
+            if wish.previous:
+                raise _not_previous(wish.previous) from why
             turn.hand_on(why)
         headers["content-type"] = "application/json"
         try:
@@ -354,6 +366,13 @@ def _told(error: Exception) -> tuple[int, str]:
         status = error.details.get("status")
         return (status, "authentication_error") if status in {401, 403} else (502, "upstream_error")
     return 400, "invalid_request_error"
+
+
+def _not_previous(name: str) -> Refused:
+    return Refused(
+        f"There is no response {name}",
+        next_step="Send the whole history as `input`.", status=404, kind="not_found_error",
+    )  # fmt: skip
 
 
 def _no_such(request: Request) -> Refused:

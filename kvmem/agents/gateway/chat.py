@@ -8,6 +8,7 @@ import msgspec
 
 from kvmem.agents.gateway.exchange import Exchange
 from kvmem.agents.gateway.http import Stream
+from kvmem.agents.gateway.turn import Wish
 
 __all__ = ["Chat"]
 
@@ -17,9 +18,9 @@ _encode = msgspec.json.Encoder().encode
 class Chat:
     """See `Dialect`."""
 
-    def asked(self, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    def asked(self, body: dict[str, Any]) -> tuple[dict[str, Any], Wish]:
         """As it is."""
-        return body, 0.0
+        return body, Wish()
 
     async def whole(self, exchange: Exchange) -> Any:
         """As it is."""

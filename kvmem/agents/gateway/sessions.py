@@ -19,6 +19,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -33,13 +34,17 @@ SUFFIX = ".ledger"
 
 
 class Kept(msgspec.Struct, eq=False):
-    """A ledger and its marks: `marks[n]` is that of its first n + 1 spans."""
+    """A ledger and its marks: `marks[n]` is that of its first n + 1 spans.
+
+    `answers`: the messages up to an answer that was given an id, counted without the system's.
+    """
 
     id: str
     scope: str
     ledger: Ledger
     marks: list[bytes]
     held_until: float = 0.0
+    answers: dict[str, int] = {}
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -59,6 +64,7 @@ class Scope:
         self.kept: dict[str, Kept] = {}
         self.named: dict[str, Kept] = {}
         self._index: dict[bytes, tuple[Kept, int]] = {}
+        self._answers: dict[str, Kept] = {}
 
     @staticmethod
     def digest_of(model: str, renderer: Renderer, tenant: str, cache_salt: str) -> str:
@@ -83,6 +89,19 @@ class Scope:
                 return Found(kept, spans, len(kept.marks) == spans, "prefix")
         return None
 
+    def before(self, answer_id: str) -> list[dict[str, Any]] | None:
+        """The messages up to that answer, without the system's; None where it is not known."""
+        kept = self._answers.get(answer_id)
+        if kept is None:
+            return None
+        told = _messages(kept.ledger)[: kept.answers[answer_id]]
+        for message in told:
+            message.pop("answer_id", None)
+            for call in message.get("tool_calls") or ():
+                arguments = msgspec.json.encode(call["function"]["arguments"])
+                call["function"]["arguments"] = arguments.decode()
+        return told
+
     def put(self, kept: Kept) -> None:
         """Takes one in, or a later state of it."""
         self.kept[kept.id] = kept
@@ -90,6 +109,8 @@ class Scope:
             self.named[kept.ledger.session_id] = kept
         for n, mark in enumerate(kept.marks):
             self._index[mark] = (kept, n + 1)
+        for name in kept.answers:
+            self._answers[name] = kept
 
     def drop(self, kept: Kept) -> None:
         """Forgets one."""
@@ -99,6 +120,9 @@ class Scope:
         for mark in kept.marks:
             if self._index.get(mark, (None, 0))[0] is kept:
                 del self._index[mark]
+        for name in kept.answers:
+            if self._answers.get(name) is kept:
+                del self._answers[name]
 
 
 class Sessions:
@@ -118,6 +142,10 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def all(self) -> tuple[Kept, ...]:
+        """The kept ones, the longest unused first."""
+        return tuple(self._order.values())
 
     def close(self) -> None:
         """Lets another gateway have the folder."""
@@ -140,7 +168,7 @@ class Sessions:
         return found
 
     def keep(self, scope: Scope, found: Found | None, ledger: Ledger, marks: list[bytes],
-             *, now: float, hold_s: float = 0.0) -> Kept:  # fmt: skip
+             *, now: float, hold_s: float = 0.0, answer_id: str = "") -> Kept:  # fmt: skip
         """Takes in what a turn has committed, and writes it.
 
         It takes the place of what it began with, where that was whole and still is the last.
@@ -151,6 +179,9 @@ class Sessions:
         ):
             before = None
         kept = Kept(before.id if before else uuid.uuid4().hex, scope.digest, ledger, marks)
+        kept.answers = dict(before.answers) if before else {}
+        if answer_id:
+            kept.answers[answer_id] = len(marks) - 1
         kept.held_until = max(now + hold_s, before.held_until if before else 0.0)
         if self._folder is not None:
             folder = self._folder / scope.digest
@@ -188,6 +219,8 @@ class Sessions:
             try:
                 ledger = Ledger.load(file, scope.renderer)
                 kept = Kept(file.stem, scope.digest, ledger, marks_of(scope, ledger))
+                told = enumerate(_messages(ledger), 1)
+                kept.answers = {m["answer_id"]: n for n, m in told if "answer_id" in m}
             except (ConfigError, NotLedgered) as error:
                 log.warning("a session's file is left alone: %s", error)
                 continue
@@ -202,10 +235,13 @@ class Sessions:
 
 def marks_of(scope: Scope, ledger: Ledger) -> list[bytes]:
     """The marks that `Scope.marks` gives to the conversation in a ledger."""
-    told = ledger.messages()[0 if ledger.system is None else 1 :]
-    return scope.marks(
-        Conversation(ledger.system, ledger.tools, tuple(formed(one) for one in told))
-    )
+    told = tuple(formed(one) for one in _messages(ledger))
+    return scope.marks(Conversation(ledger.system, ledger.tools, told))
+
+
+def _messages(ledger: Ledger) -> list[dict[str, Any]]:
+    """Without the system's."""
+    return ledger.messages()[0 if ledger.system is None else 1 :]
 
 
 def _written(path: Path) -> float:

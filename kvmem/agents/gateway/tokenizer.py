@@ -13,12 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
-
 from kvmem.context import ChatRenderer
 from kvmem.context.renderer import Message
 from kvmem.errors import ConfigError
@@ -26,16 +20,6 @@ from kvmem.errors import ConfigError
 __all__ = ["FolderTokenizer", "Pieces"]
 
 HELD_TOKENS = 200_000  # of messages that a renderer remembers
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what an assistant says; here it is only what is in it."""
-
-    tags = {"generation"}  # noqa: RUF012 jinja's own way
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _tojson(
@@ -50,22 +34,36 @@ def _tojson(
     )
 
 
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
 def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)  # local time, as transformers' is
 
 
-def _environment() -> Environment:
+def _compiled(template: str) -> Any:
+    """The template in transformers' surroundings; the libraries are the extra `gateway`'s."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what an assistant says; here it is only what is in it."""
+
+        tags = {"generation"}  # noqa: RUF012 jinja's own way
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
     made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     made.filters["tojson"] = _tojson
     known: dict[str, Any] = made.globals  # type: ignore[assignment]
-    known.update(raise_exception=_refuse, strftime_now=_now)
-    return made
+    known.update(raise_exception=refuse, strftime_now=_now)
+    return made.from_string(template)
 
 
 class FolderTokenizer:
@@ -83,6 +81,8 @@ class FolderTokenizer:
                 next_step="Give --tokenizer MODEL=FOLDER with the model's tokenizer in it.",
                 setting="tokenizer",
             )
+        from tokenizers import Tokenizer
+
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         told: dict[str, Any] = json.loads(config.read_text()) if config.is_file() else {}
@@ -95,7 +95,7 @@ class FolderTokenizer:
                 setting="tokenizer",
             )
         self.chat_template: str = template
-        self._compiled = _environment().from_string(template)
+        self._compiled = _compiled(template)
         self._special = {
             name: str(value if isinstance(value, str) else value["content"])
             for name, value in told.items()
@@ -116,10 +116,11 @@ class FolderTokenizer:
     ) -> str:
         """The conversation's text."""
         assert not tokenize
-        return self._compiled.render(
+        text = self._compiled.render(
             messages=messages, tools=tools, documents=None,
             add_generation_prompt=add_generation_prompt, **self._special, **more,
         )  # fmt: skip
+        return str(text)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """A text's ids."""

@@ -21,7 +21,21 @@ from kvmem.context import Ledger
 from kvmem.context.renderer import canonical
 from kvmem.errors import PrefixBroken
 
-__all__ = ["Receipt", "Turn"]
+__all__ = ["Receipt", "Turn", "Wish"]
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """What a client wants of its prefix beside the answer.
+
+    Args:
+        hold_s: its ledger is not to make room for others so long.
+        marked: of the chat request's messages, those that it marked; -1 is the head.
+        previous: the answer that it goes on from; the request has only what is new.
+    """
+
+    hold_s: float = 0.0
+    marked: frozenset[int] = frozenset()
+    previous: str = ""
 
 
 class Receipt(msgspec.Struct):
@@ -51,10 +65,10 @@ class Receipt(msgspec.Struct):
 class Turn:
     """A request on its way. `prepare` makes one; then `commit` for each choice, if there is one."""
 
-    def __init__(self, body: Mapping[str, Any], model: Model, *, hold_s: float = 0.0) -> None:
+    def __init__(self, body: Mapping[str, Any], model: Model, wish: Wish) -> None:
         self.model = model
         self.receipt = Receipt()
-        self.hold_s = hold_s
+        self.wish = wish
         self.wants_ids = bool(body.get("return_token_ids"))
         self.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self.body: dict[str, Any] = {**body, "return_token_ids": True}
@@ -64,6 +78,8 @@ class Turn:
                 **(body.get("stream_options") or {}), "include_usage": True,
             }  # fmt: skip
         self.asked: list[int] = []
+        self.marked_tokens = 0  # up to the last mark
+        self.answer_id = ""  # by which `previous` names it
         self._sessions: Sessions | None = None
         self._scope: Scope | None = None
         self._found: Found | None = None
@@ -80,6 +96,12 @@ class Turn:
         self.receipt.miss, self.receipt.detail = why.reason, str(why)
         self._ledger = None
 
+    def go_on(self, before: Sequence[Mapping[str, Any]]) -> None:
+        """Puts messages before the request's own; a system prompt of its own stays first."""
+        mine = self.body["messages"]
+        first = [m for m in mine[:1] if m.get("role") in {"system", "developer"}]
+        self.body["messages"] = [*first, *before, *mine[len(first) :]]
+
     def begin(self, sessions: Sessions, scope: Scope, name: str, by: str) -> None:
         """Finds the ledger and makes the ids.
 
@@ -95,12 +117,17 @@ class Turn:
             ledger = self._ledger_of(scope, conversation, found, name)
             had = ledger.n_tokens
             ends_sampled = ledger.spans[-1].source == "sampled"
-            ledger.append(*self._told[(found.spans - 1 if found else 0) :])
+            for n in range(found.spans - 1 if found else 0, len(self._told)):
+                marked = n + conversation.offset in self.wish.marked
+                ledger.append(self._told[n], pin=marked)
             self._base = ledger.fork(ledger.session_id)
             self.asked = ledger.request()["prompt"]
         except PrefixBroken as error:
             raise NotLedgered(str(error), reason="template_refuses") from error
         self._ledger = ledger
+        if self.wish.marked:
+            last = max(self.wish.marked) - conversation.offset
+            self.marked_tokens = ledger.spans[max(last, -1) + 1].stop
         self.receipt.session = ledger.session_id
         self._say(scope, conversation, found, name, by)
         if found is not None:
@@ -187,11 +214,19 @@ class Turn:
             ledger.request()
         self._committed = True
         said = formed({**message, "role": "assistant"})
+        if self.answer_id:
+            said["answer_id"] = self.answer_id
         answer = {"prompt_token_ids": prompt, "choices": [{"message": said, "token_ids": sampled}]}
         ledger.commit(answer)
         marks = [*self._marks, *extend(self._marks, self._told, [said])]
         self._sessions.keep(
-            self._scope, self._found, ledger, marks, now=time.time(), hold_s=self.hold_s
+            self._scope,
+            self._found,
+            ledger,
+            marks,
+            now=time.time(),
+            hold_s=self.wish.hold_s,
+            answer_id=self.answer_id,
         )
 
     def usage(self, usage: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
-import httptools
 import msgspec
 
 from kvmem.errors import EngineError
@@ -45,6 +44,7 @@ class _Connection(asyncio.Protocol):
         self.held = 0
         self.begun = self.headed = self.done = self.lost = self.paused = False
         self._parser: Any = None
+        self._errors: tuple[type[Exception], ...] = ()
         self._waiter: asyncio.Future[None] | None = None
 
     def begin(self) -> None:
@@ -52,7 +52,10 @@ class _Connection(asyncio.Protocol):
         self.status, self.headers, self.held = 0, {}, 0
         self.pieces.clear()
         self.begun = self.headed = self.done = False
+        import httptools  # of the extra `gateway`
+
         self._parser = httptools.HttpResponseParser(self)
+        self._errors = (httptools.HttpParserError, AttributeError)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -61,7 +64,7 @@ class _Connection(asyncio.Protocol):
         self.begun = True
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, AttributeError):  # or bytes that nobody asked for
+        except self._errors:  # or bytes that nobody asked for
             self.lost = True
             self.close()
         if self.held > HELD_BYTES and not self.paused and self.transport is not None:
