@@ -42,6 +42,8 @@ class FakeEngine:
         render: messages, tools and template arguments to ids.
         encode: text to ids.
         end: the id that ends a turn.
+        pace_s: between tokens.
+        counts_cache: keep prompts, to tell cached tokens and what was asked.
         say: the n-th reply, counted from 0, to a request's body.
     """
 
@@ -49,10 +51,12 @@ class FakeEngine:
         self, folder: str, render: Callable[..., list[int]], encode: Callable[[str], list[int]],
         end: int, say: Callable[[int, dict[str, Any]], Reply], *, block_tokens: int = 16,
         models: Sequence[str] = ("fake",), ignores_ids: bool = False, tells_ids: bool = True,
+        counts_cache: bool = True, pace_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.folder, self.render, self.encode, self.end, self.say = folder, render, encode, end, say
         self.block_tokens, self.models = block_tokens, models
         self.ignores_ids, self.tells_ids = ignores_ids, tells_ids
+        self.counts_cache, self.pace_s = counts_cache, pace_s
         self.bodies: list[dict[str, Any]] = []
         self.prompts: list[list[int]] = []
         self.sent: list[dict[str, str]] = []  # headers
@@ -129,12 +133,14 @@ class FakeEngine:
             more = body.get("chat_template_kwargs") or {}
             given = self.render(body["messages"], body.get("tools"), **more)
         number = len(self.bodies)
-        self.bodies.append(body)
-        self.prompts.append(given)
+        if self.counts_cache:  # else it keeps nothing of what it is asked
+            self.bodies.append(body)
+            self.prompts.append(given)
         reply = self.say(number, body)
         most = body.get("max_tokens") or 1 << 30
         sampled = [*self.encode(reply.text), self.end][:most]
-        details = {"cached_tokens": self._cached(given, sampled)}
+        cached = self._cached(given, sampled) if self.counts_cache else 0
+        details = {"cached_tokens": cached}
         usage = {
             "prompt_tokens": len(given), "completion_tokens": len(sampled),
             "total_tokens": len(given) + len(sampled), "prompt_tokens_details": details,
@@ -192,6 +198,8 @@ class FakeEngine:
             if tells:
                 choice["token_ids"] = [token]
             await event({**head, "choices": [choice]})
+            if self.pace_s:
+                await asyncio.sleep(self.pace_s)  # an engine's step
         if (body.get("stream_options") or {}).get("include_usage"):
             await event({**head, "choices": [], "usage": usage})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})

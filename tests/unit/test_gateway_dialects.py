@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import openai
 import pytest
 
-from tests.gateways import SYSTEM, Start
+from benchmarks._fake_engine import Reply
+from tests.gateways import SYSTEM, Start, engine_of
 
 ANTHROPIC_TOOLS: list[Any] = [
     {"name": "look", "description": "Looks.", "input_schema": {"type": "object"}},
@@ -114,6 +116,22 @@ def test_anthropic_errors_have_its_form(start: Start) -> None:
         message(one.anthropic, False, messages=[{"role": "user", "content": "a"}])
     with pytest.raises(anthropic.NotFoundError):
         message(one.anthropic, False, model="none", messages=[{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arguments_that_are_no_object_are_an_empty_one(
+    start: Start, folder: Path, stream: bool
+) -> None:
+    engine = engine_of(folder, say=lambda n, body: Reply("a", calls=[("look", '"a"')]))
+    one = start(engine=engine)
+    ask: list[Any] = [{"role": "user", "content": "a"}]
+    told = message(one.anthropic, stream, messages=ask, tools=ANTHROPIC_TOOLS)
+    assert told.content[0].input == {}
+    use = {"type": "tool_result", "tool_use_id": told.content[0].id, "content": "b"}
+    ask += [{"role": "assistant", "content": [b.to_dict() for b in told.content]}]
+    ask += [{"role": "user", "content": [use]}]
+    again = message(one.anthropic, stream, messages=ask, tools=ANTHROPIC_TOOLS)
+    assert again.usage.kvmem["miss"] == "none"
 
 
 def response(one: Any, stream: bool, **more: Any) -> Any:

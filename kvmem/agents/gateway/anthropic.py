@@ -224,9 +224,10 @@ def _content(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _input(arguments: str) -> Any:
     try:
-        return json.loads(arguments or "{}")
+        found = json.loads(arguments or "{}")
     except json.JSONDecodeError:
         return {}  # what a model wrote wrongly: vLLM's template reads it so too
+    return found if isinstance(found, dict) else {}
 
 
 def _stop(choice: Mapping[str, Any]) -> str:
@@ -262,6 +263,7 @@ class _Events:
         self._turn = turn
         self._index = -1
         self._open: int | str | None = None  # "text", or a call's number
+        self._is_object: bool | None = None  # the arguments of the call that is open
         self._begun = False
         self._stop: dict[str, Any] = {"stop_reason": "end_turn", "stop_sequence": None}
         self._usage: dict[str, Any] = {}
@@ -290,15 +292,19 @@ class _Events:
         function = call.get("function") or {}
         block = {"type": "tool_use", "id": call.get("id"), "name": function.get("name")}
         yield from self._part(call.get("index", 0), {**block, "input": {}})
-        if function.get("arguments"):
-            yield self._delta({"type": "input_json_delta", "partial_json": function["arguments"]})
+        more = function.get("arguments") or ""
+        if more.strip() and self._is_object is None:
+            # Their client fails at what a model wrote otherwise; see `_input`.
+            self._is_object = more.lstrip().startswith("{")
+        if more and self._is_object is not False:
+            yield self._delta({"type": "input_json_delta", "partial_json": more})
 
     def _part(self, which: int | str, block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if self._open == which:
             return
         yield from self._shut()
         self._index += 1
-        self._open = which
+        self._open, self._is_object = which, None
         yield {"type": "content_block_start", "index": self._index, "content_block": block}
 
     def _shut(self) -> Iterator[dict[str, Any]]:

@@ -202,14 +202,14 @@ class Gateway:
             gone = asyncio.ensure_future(request.gone())
             try:
                 await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not work.done():
-                    work.cancel()  # the client has gone: so goes the engine's request
-                    await asyncio.wait({work})
-                if not work.cancelled():
-                    work.result()
             finally:
-                work.cancel()
+                # The client has gone, or the gateway ends: so does the engine's request.
                 gone.cancel()
+                if not work.done():
+                    work.cancel()
+                    await asyncio.wait({work})
+            if not work.cancelled():
+                work.result()
 
     @contextlib.asynccontextmanager
     async def _place(self) -> Any:

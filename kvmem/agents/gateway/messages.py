@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
-from kvmem.context.renderer import canonical
 from kvmem.errors import KVMemError
+
+_canonical = msgspec.json.Encoder(order="sorted").encode
 
 __all__ = ["Conversation", "NotLedgered", "extend", "formed", "read", "root"]
 
@@ -140,7 +141,7 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 def root(scope: str, conversation_system: str | None, tools: Sequence[Any]) -> bytes:
     """The mark of a head."""
-    return _digest(scope.encode(), canonical([conversation_system, list(tools)]))
+    return _digest(scope.encode(), _canonical([conversation_system, list(tools)]))
 
 
 def extend(marks: Sequence[bytes], before: Sequence[Mapping[str, Any]],
@@ -152,7 +153,7 @@ def extend(marks: Sequence[bytes], before: Sequence[Mapping[str, Any]],
     found: list[bytes] = []
     last = marks[-1]
     for message in messages:
-        last = _digest(last, canonical(_told(message, ids)))
+        last = _digest(last, _canonical(_told(message, ids)))
         ids = _ids(message, ids)
         found.append(last)
     return found

@@ -45,6 +45,7 @@ class Kept(msgspec.Struct, eq=False):
     marks: list[bytes]
     held_until: float = 0.0
     answers: dict[str, int] = {}
+    file: Path | None = None
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -186,7 +187,11 @@ class Sessions:
         if self._folder is not None:
             folder = self._folder / scope.digest
             folder.mkdir(mode=0o700, exist_ok=True)
-            ledger.save(folder / (kept.id + SUFFIX))
+            kept.file = folder / f"{kept.id}-{len(marks):06}{SUFFIX}"
+            # A name of its own: to replace a file makes some file systems write it out first.
+            ledger.save(kept.file)
+            if before is not None and before.file is not None:
+                before.file.unlink(missing_ok=True)
         scope.put(kept)
         self._order[kept.id] = kept
         self._order.move_to_end(kept.id)
@@ -208,17 +213,21 @@ class Sessions:
             victim = oldest
         del self._order[victim.id]
         self._scopes[victim.scope].drop(victim)
-        if self._folder is not None:
-            (self._folder / victim.scope / (victim.id + SUFFIX)).unlink(missing_ok=True)
+        if victim.file is not None:
+            victim.file.unlink(missing_ok=True)
 
     def _read(self, scope: Scope) -> None:
         if self._folder is None:
             return
         files = sorted((self._folder / scope.digest).glob("*" + SUFFIX), key=_written)
+        last = {_id(file): file for file in sorted(files)}  # the longest of each
         for file in files:
+            if last[_id(file)] != file:  # a kill between two writes left it
+                file.unlink(missing_ok=True)
+                continue
             try:
                 ledger = Ledger.load(file, scope.renderer)
-                kept = Kept(file.stem, scope.digest, ledger, marks_of(scope, ledger))
+                kept = Kept(_id(file), scope.digest, ledger, marks_of(scope, ledger), file=file)
                 told = enumerate(_messages(ledger), 1)
                 kept.answers = {m["answer_id"]: n for n, m in told if "answer_id" in m}
             except (ConfigError, NotLedgered) as error:
@@ -242,6 +251,10 @@ def marks_of(scope: Scope, ledger: Ledger) -> list[bytes]:
 def _messages(ledger: Ledger) -> list[dict[str, Any]]:
     """Without the system's."""
     return ledger.messages()[0 if ledger.system is None else 1 :]
+
+
+def _id(file: Path) -> str:
+    return file.stem.partition("-")[0]
 
 
 def _written(path: Path) -> float:

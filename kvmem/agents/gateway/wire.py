@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
@@ -43,15 +43,17 @@ class _Connection(asyncio.Protocol):
         self.pieces: deque[bytes] = deque()
         self.held = 0
         self.begun = self.headed = self.done = self.lost = self.paused = False
+        self.stays_open = False
         self._parser: Any = None
         self._errors: tuple[type[Exception], ...] = ()
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[bool] | None = None
+        self.waits_since: float | None = None
 
     def begin(self) -> None:
         """Before each request."""
         self.status, self.headers, self.held = 0, {}, 0
         self.pieces.clear()
-        self.begun = self.headed = self.done = False
+        self.begun = self.headed = self.done = self.stays_open = False
         import httptools  # of the extra `gateway`
 
         self._parser = httptools.HttpResponseParser(self)
@@ -70,13 +72,13 @@ class _Connection(asyncio.Protocol):
         if self.held > HELD_BYTES and not self.paused and self.transport is not None:
             self.paused = True
             self.transport.pause_reading()
-        self._wake()
+        self.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         ends = self.headed and not {"content-length", "transfer-encoding"} & self.headers.keys()
         self.done = self.done or ends
         self.lost = True
-        self._wake()
+        self.wake()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
@@ -90,11 +92,12 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self.done = True
+        self.stays_open = bool(self._parser.should_keep_alive())
 
     @property
     def reusable(self) -> bool:
         """Whether another request can follow."""
-        return self.done and not self.lost and bool(self._parser.should_keep_alive())
+        return self.done and self.stays_open and not self.lost
 
     def take(self) -> bytes:
         """All that is here of the body."""
@@ -106,17 +109,20 @@ class _Connection(asyncio.Protocol):
             self.transport.resume_reading()
         return data
 
-    async def wait(self) -> None:
-        """Until something came."""
-        self._waiter = asyncio.get_running_loop().create_future()
+    async def wait(self) -> bool:
+        """Until something came; true where `wake` says that nothing did for too long."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        self.waits_since = loop.time()
         try:
-            await self._waiter
+            return await self._waiter
         finally:
-            self._waiter = None
+            self._waiter = self.waits_since = None
 
-    def _wake(self) -> None:
+    def wake(self, *, timed_out: bool = False) -> None:
+        """Ends a wait."""
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._waiter.set_result(timed_out)
 
     def close(self) -> None:
         if self.transport is not None:
@@ -128,6 +134,7 @@ class Answer:
 
     def __init__(self, upstream: Upstream, connection: _Connection, timeout_s: float) -> None:
         self._upstream, self._connection, self._timeout_s = upstream, connection, timeout_s
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def status(self) -> int:
@@ -141,7 +148,8 @@ class Answer:
 
     async def head(self) -> None:
         """Waits for status and headers."""
-        await self._until(lambda: self._connection.headed)
+        one = self._connection
+        await self._until(lambda: one.headed)
 
     async def piece(self) -> bytes:
         """What came of the body since; b"" at its end.
@@ -161,26 +169,39 @@ class Answer:
             found.append(piece)
         return b"".join(found)
 
-    async def _until(self, here: Any) -> None:
+    async def _until(self, here: Callable[[], bool]) -> None:
         one = self._connection
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                while not here():
-                    if one.lost:
-                        raise UpstreamGone(
-                            f"{self._upstream.url} closed the connection",
-                            next_step="Send the request again when the server is up.",
-                            begun=one.begun,
-                        )
-                    await one.wait()
-        except TimeoutError as error:
-            raise UpstreamSilent(
-                f"{self._upstream.url} sent nothing for {self._timeout_s:g} s",
-                next_step="Look at the server, or raise --timeout.",
-            ) from error
+        if self._timer is None:
+            # One for the whole answer: to set one for every token costs more than the token.
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._timeout_s, self._look, loop)
+        while not here():
+            if one.lost:
+                raise UpstreamGone(
+                    f"{self._upstream.url} closed the connection",
+                    next_step="Send the request again when the server is up.",
+                    begun=one.begun,
+                )
+            if await one.wait():
+                raise UpstreamSilent(
+                    f"{self._upstream.url} sent nothing for {self._timeout_s:g} s",
+                    next_step="Look at the server, or raise --timeout.",
+                )
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Ends a wait that is too long; looks again when the one that is on might be."""
+        since = self._connection.waits_since
+        left = self._timeout_s if since is None else since + self._timeout_s - loop.time()
+        if left <= 0:
+            self._connection.wake(timed_out=True)
+            left = self._timeout_s
+        self._timer = loop.call_later(left, self._look, loop)
 
     def close(self) -> None:
         """Gives the connection back, or ends it where the answer was not taken whole."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._upstream.give_back(self._connection)
 
 
