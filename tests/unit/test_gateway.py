@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from benchmarks._fake_engine import Serving
 from kvmem.agents.gateway.app import Gateway
 from kvmem.agents.gateway.settings import Settings
 from kvmem.errors import ConfigError
@@ -275,3 +277,19 @@ def test_other_endpoints_are_handed_on(start: Start) -> None:
     assert told == {"echo": {"model": "fake", "prompt": "a"}}
     assert [card.id for card in one.client.models.list()] == ["fake"]
     assert one.client.models.retrieve("fake").id == "fake"
+
+
+def test_each_model_goes_to_the_upstream_that_has_it(folder: Path) -> None:
+    first, second = (engine_of(folder, models=[name]) for name in ("first", "second"))
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(Serving(one)).url for one in (first, second)]
+        gateway = Gateway(Settings(upstreams=(*urls, "http://127.0.0.1:1")))  # one is down
+        front = stack.enter_context(Serving(gateway, lifespan="on"))
+        client = stack.enter_context(OpenAI(base_url=front.url + "/v1", api_key="a", max_retries=0))
+        assert [card.id for card in client.models.list()] == ["first", "second"]
+        messages: Any = [SYSTEM, {"role": "user", "content": "a"}]
+        for engine, name in ((second, "second"), (first, "first"), (second, "second")):
+            usage: Any = client.chat.completions.create(model=name, messages=messages).usage
+            assert engine.bodies[-1]["model"] == name
+            assert usage.kvmem["miss"] == ("none" if len(second.bodies) == 2 else "new_session")
+        assert (len(first.bodies), len(second.bodies)) == (1, 2)

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from benchmarks._fake_engine import Reply, Serving
+from kvmem.agents.gateway.app import Gateway
 from kvmem.agents.gateway.settings import Settings, pairs
 from kvmem.errors import ConfigError
 from tests.gateways import SYSTEM, Start, ask, engine_of, streamed, whole
@@ -114,6 +115,68 @@ def test_messages_that_are_none_are_the_engines_to_refuse(start: Start, messages
     body = {"model": "fake", "messages": messages}
     told = httpx.post(one.url + "/v1/chat/completions", json=body)
     assert (told.status_code, told.json()["error"]["message"]) == (400, "no such messages")
+
+
+ODD = [
+    {"messages": [{"role": "user", "content": 5}]},
+    {"messages": [{"role": "user", "content": [5]}]},
+    {"messages": [{"role": "assistant", "tool_calls": 5}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+    *({name: odd} for name in ("tools", "chat_template_kwargs", "kv_transfer_params")
+      for odd in (5, [5], "a")),
+    {"stream_options": 5}, {"session_id": 5}, {"prompt_cache_key": {}}, {"cache_salt": []},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_fields_of_other_kinds_are_the_engines_to_refuse(start: Start, odd: Any) -> None:
+    one = start()
+    one.engine.refuse = (400, "the engine's words")
+    body = {"model": "fake", "messages": [USER], **odd}
+    told = httpx.post(one.url + "/v1/chat/completions", json=body)
+    assert (told.status_code, told.json()["error"]["message"]) == (400, "the engine's words")
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("odd", [{}, {"messages": 5, "input": 5}, {"messages": [5], "input": [5]}])
+def test_other_forms_are_refused_by_name(start: Start, path: str, odd: Any) -> None:
+    told = httpx.post(start().url + path, json={"model": "fake", "max_tokens": 5, **odd})
+    assert told.status_code == 400
+    assert told.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_disk_that_fails_costs_no_answer(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvmem.context import Ledger
+
+    one = start(sessions=tmp_path)
+    said, _ = whole(one, [SYSTEM, USER])
+    (before,) = tmp_path.rglob("*.ledger")
+
+    def full(self: Any, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ledger, "save", full)
+    more = [SYSTEM, USER, said, USER]
+    said, usage = whole(one, more)
+    assert usage.kvmem["miss"] == "none"
+    assert whole(one, [*more, said, USER])[1].kvmem["miss"] == "none"
+    assert list(tmp_path.rglob("*.ledger")) == [before]
+
+
+def test_an_upstream_that_is_no_engine_is_told() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"<html>"})
+
+    with Serving(app) as behind:
+        gateway = Gateway(Settings(upstreams=(behind.url,)))
+        with Serving(gateway, lifespan="on") as front:
+            body = {"model": "fake", "messages": [USER]}
+            told = httpx.post(front.url + "/v1/chat/completions", json=body)
+    assert told.status_code == 502
+    assert "is no list of models" in told.json()["error"]["message"]
 
 
 def test_a_body_that_is_too_long_is_refused(start: Start) -> None:

@@ -352,6 +352,9 @@ def _is_sound(body: Mapping[str, Any]) -> bool:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         return False
+    for name in ("chat_template_kwargs", "kv_transfer_params"):
+        if not isinstance(body.get(name) or {}, dict):
+            return False
     return all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages)
 
 

@@ -9,11 +9,22 @@ import msgspec
 
 from kvmem.agents.gateway.turn import Turn
 from kvmem.agents.gateway.wire import Answer, UpstreamGone
+from kvmem.errors import EngineError
 
 __all__ = ["Exchange"]
 
 Chunk = dict[str, Any]
-_decode = msgspec.json.Decoder().decode
+_decoder = msgspec.json.Decoder()
+
+
+def _decode(data: bytes) -> Chunk:
+    try:
+        found: Chunk = _decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise EngineError(
+            "The server's answer is no JSON", next_step="Is it an OpenAI-compatible server?"
+        ) from error
+    return found
 
 
 class _Choice:

@@ -56,6 +56,10 @@ class NoModel(KVMemError):
     """No upstream has the model."""
 
 
+class _Cards(msgspec.Struct):
+    data: list[dict[str, Any]]
+
+
 class _Checked(msgspec.Struct, frozen=True):
     pieces: Pieces | None
     with_tools: bool
@@ -201,7 +205,14 @@ class Models:
                     status=status,
                 )
                 continue
-            cards = msgspec.json.decode(told)["data"]
+            try:
+                cards = msgspec.json.decode(told, type=_Cards).data
+            except msgspec.DecodeError:
+                failure = EngineError(
+                    f"{upstream.url}/v1/models is no list of models",
+                    next_step="Give --upstream the address of an OpenAI-compatible server.",
+                )
+                continue
             found += cards
             fresh = [card for card in cards if card["id"] not in self._known]
             if fresh:

@@ -186,12 +186,8 @@ class Sessions:
         kept.held_until = max(now + hold_s, before.held_until if before else 0.0)
         if self._folder is not None:
             folder = self._folder / scope.digest
-            folder.mkdir(mode=0o700, exist_ok=True)
-            kept.file = folder / f"{kept.id}-{len(marks):06}{SUFFIX}"
-            # A name of its own: to replace a file makes some file systems write it out first.
-            ledger.save(kept.file)
-            if before is not None and before.file is not None:
-                before.file.unlink(missing_ok=True)
+            kept.file = _write(ledger, folder / f"{kept.id}-{len(marks):06}{SUFFIX}",
+                               before.file if before else None)  # fmt: skip
         scope.put(kept)
         self._order[kept.id] = kept
         self._order.move_to_end(kept.id)
@@ -251,6 +247,20 @@ def marks_of(scope: Scope, ledger: Ledger) -> list[bytes]:
 def _messages(ledger: Ledger) -> list[dict[str, Any]]:
     """Without the system's."""
     return ledger.messages()[0 if ledger.system is None else 1 :]
+
+
+def _write(ledger: Ledger, file: Path, before: Path | None) -> Path | None:
+    """The file that holds it now; where the disk fails, the one before (I9)."""
+    try:
+        # A name of its own: to replace a file makes some file systems write it out first.
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        ledger.save(file)
+    except OSError as error:
+        log.warning("a session could not be written: %s", error.strerror)
+        return before
+    if before is not None and before != file:
+        before.unlink(missing_ok=True)
+    return file
 
 
 def _id(file: Path) -> str:

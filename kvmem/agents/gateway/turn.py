@@ -70,13 +70,13 @@ class Turn:
         self.receipt = Receipt()
         self.wish = wish
         self.wants_ids = bool(body.get("return_token_ids"))
-        self.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        given = body.get("stream_options")
+        options = given if isinstance(given, dict) else {}
+        self.wants_usage = bool(options.get("include_usage"))
         self.body: dict[str, Any] = {**body, "return_token_ids": True}
         self.body.pop("prompt_cache_key", None)
         if body.get("stream"):
-            self.body["stream_options"] = {
-                **(body.get("stream_options") or {}), "include_usage": True,
-            }  # fmt: skip
+            self.body["stream_options"] = {**options, "include_usage": True}
         self.asked: list[int] = []
         self.marked_tokens = 0  # up to the last mark
         self.answer_id = ""  # by which `previous` names it
@@ -108,7 +108,10 @@ class Turn:
         Raises:
             NotLedgered: the request cannot be made of pieces.
         """
-        conversation = read(self.body)
+        try:
+            conversation = read(self.body)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise NotLedgered("the engine is to say what is wrong", reason="malformed") from error
         self._sessions, self._scope = sessions, scope
         self._told = list(conversation.messages)
         self._marks = scope.marks(conversation)
