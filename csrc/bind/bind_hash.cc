@@ -185,6 +185,18 @@ uint64_t Xxh3OfBuffer(nb::handle source, const std::string& cpu_path) {
   return Xxh3_64(data, n_bytes, *path);
 }
 
+nb::object PackTokens(nb::handle source, int64_t start) {
+  const Tokens tokens(source);
+  if (start < 0 || static_cast<uint64_t>(start) > tokens.size()) {
+    RaiseValue("start must be within 0.." + std::to_string(tokens.size()) + ", not " +
+               std::to_string(start));
+  }
+  const size_t n = tokens.size() - static_cast<size_t>(start);
+  std::vector<int32_t> scratch;
+  const int32_t* const ids = tokens.Read(static_cast<size_t>(start), n, scratch);
+  return NewBytes(reinterpret_cast<const uint8_t*>(ids), n * sizeof(int32_t));
+}
+
 }  // namespace
 
 #define BLOCKS                                                                           \
@@ -201,6 +213,12 @@ void RegisterHash(nb::module_& m) {
       "xxh3_64", &Xxh3OfBuffer, arg("buffer"), nb::kw_only(), arg("cpu_path") = "auto",
       nb::sig("def xxh3_64(buffer: typing_extensions.Buffer, *, cpu_path: str = \"auto\") -> int"),
       "XXH3-64, seed 0, of the buffer's bytes. Releases the GIL for long buffers.");
+  m.def("pack_tokens", &PackTokens, arg("tokens"), arg("start") = 0,
+        nb::sig("def pack_tokens(tokens: list[int] | numpy.typing.NDArray[numpy.int32], start: int "
+                "= 0) -> bytes"),
+        "tokens[start:] as int32, 4 bytes each, in the machine's byte order.\n\n"
+        "Raises:\n    TypeError: a token is no int.\n    ValueError: a token is outside "
+        "0..2^31-1, or start outside 0..len(tokens).");
   nb::class_<BlockChain>(m, "BlockHasher",
                          "The engine's block keys; kvmem.hashing.BlockHasher takes a seed.\n\n"
                          "Never changes; may be used from any thread.")

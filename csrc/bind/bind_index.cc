@@ -11,6 +11,7 @@
 #include "bind/arrays.h"
 #include "bind/bind.h"
 #include "bind/keys.h"
+#include "bind/py_bytes.h"
 #include "pool/host_tier.h"
 
 namespace kvmem::bind {
@@ -148,6 +149,11 @@ nb::object Find(const HostTier& tier, const nb::bytes& key) {
 nb::object Evict(HostTier& tier, int64_t n) {
   if (n < 0) throw nb::value_error("n must not be negative");
   return ToNumpy(tier.Evict(static_cast<size_t>(n)));
+}
+
+nb::object TakeEvicted(HostTier& tier) {
+  const std::vector<unsigned char> keys = tier.TakeEvicted();
+  return NewBytes(keys.data(), keys.size());
 }
 
 size_t Publish(HostTier& tier, Vector<int32_t> slots, Vector<uint64_t> generations,
@@ -297,6 +303,9 @@ void RegisterIndex(nb::module_& m) {
            "Slot and generation of the published block with this key.")
       .def("evict", &Evict, arg("n"), nb::sig("def evict(self, n: int) -> " INT32),
            "Evicts up to n blocks, as `reserve` does where it must; whose slots they were.")
+      .def("take_evicted", &TakeEvicted, nb::sig("def take_evicted(self) -> bytes"),
+           "The keys of blocks evicted since this was asked last, 32 bytes each; of very many the "
+           "first 4,096.")
       .def("reserve", &Reserve, arg("keys"), arg("start"), arg("stop"),
            nb::sig("def reserve(self, " KEYS ", start: int, stop: int) -> tuple[" INT32 ", " INT32
                    ", " UINT64 ", str]"),

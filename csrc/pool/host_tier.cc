@@ -1,6 +1,7 @@
 #include "pool/host_tier.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace kvmem {
 namespace {
@@ -270,9 +271,19 @@ std::vector<int32_t> HostTier::Evict(size_t n) {
   return gone;
 }
 
+std::vector<unsigned char> HostTier::TakeEvicted() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(evicted_, {});
+}
+
 // REQUIRES: the order has forgotten the slot already.
 void HostTier::EvictSlot(SlotId slot) {
-  gone_.Add(index_.key(slot), MarkOf(Fate::kEvicted));
+  const Key key = index_.key(slot);
+  gone_.Add(key, MarkOf(Fate::kEvicted));
+  if (evicted_.size() < kMostTold * kKeyBytes) {
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(&key);
+    evicted_.insert(evicted_.end(), bytes, bytes + kKeyBytes);
+  }
   const SlotId parent = index_.parent(slot);
   --n_published_;
   ++evictions_;

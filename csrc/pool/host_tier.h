@@ -133,6 +133,10 @@ class HostTier {
   // tier whose room is not told by its slots alone.
   std::vector<int32_t> Evict(size_t n);
 
+  // The keys of the blocks that were evicted since this was asked last, 32 bytes each; of very many
+  // the first kMostTold, so that nobody has to ask.
+  std::vector<unsigned char> TakeEvicted();
+
   // The bytes in these slots are complete. In the order given: publishes what is still pending
   // under that generation and below a published parent; what is not goes back. Returns how many
   // were published. REQUIRES: three arrays of n.
@@ -197,6 +201,8 @@ class HostTier {
   void CheckSlots(std::vector<std::string>* faults) const;
   void CheckLeases(std::vector<std::string>* faults) const;
 
+  static constexpr size_t kMostTold = 4096;
+
   const uint32_t keep_;
 
   mutable std::mutex mutex_;
@@ -213,6 +219,7 @@ class HostTier {
   std::unordered_set<SlotId> failed_;  // condemned blocks that will be kept
   std::unique_ptr<EvictionOrder> order_;
   std::unordered_map<uint64_t, SlotId> leases_;
+  std::vector<unsigned char> evicted_;  // keys of 32 bytes, not told yet
   uint64_t next_lease_ = 1;
   uint64_t n_published_ = 0;
   uint64_t n_orphaned_ = 0;
