@@ -20,6 +20,7 @@ __all__ = [
     "Evicted",
     "Failure",
     "Loaded",
+    "Missed",
     "Quarantined",
     "Refused",
     "Stored",
@@ -55,10 +56,28 @@ class Loaded(Event, frozen=True, kw_only=True, tag="loaded"):
 
 
 class Evicted(Event, frozen=True, kw_only=True, tag="evicted"):
-    """Blocks left a tier to make room."""
+    """Blocks left a tier to make room, for a request where one is known."""
 
     blocks: int
     tier: str = "host"
+    request_id: str = ""
+
+
+class Missed(Event, frozen=True, kw_only=True, tag="missed"):
+    """Tokens [first, first + tokens) of a request's prompt were computed, and why (docs/explain.md).
+
+    Told when the request is over; once more under another reason where that was found out later.
+    `ms` is an estimate. `message` counts from 0 behind the head.
+    """
+
+    request_id: str
+    reason: str
+    first: int
+    tokens: int
+    ms: float = 0.0
+    role: str = ""
+    message: int | None = None
+    tier: str = ""
 
 
 class Quarantined(Event, frozen=True, kw_only=True, tag="quarantined"):

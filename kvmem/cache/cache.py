@@ -134,13 +134,17 @@ class Cache:
         self.align_tokens = math.lcm(*(shape.block_tokens for shape in self.groups))
         self._tier = HostTier(n_slots, eviction, keep=min(N_QUARANTINED, n_slots // 16))
         self._quarantined: deque[Quarantine] = deque(maxlen=N_QUARANTINED)
+        # Told of the keys of blocks that were evicted, 32 bytes each: from which tier, for whom.
+        self.on_evicted: Callable[[bytes, str, str], None] | None = None
         # Requests that have used what is here, or stored it.
         self._held: dict[str, _Held] = {}
         self._evictions_told = 0
         self._clock = clock
         self._moves: Moves | None = None
         if mover is not None:
-            self._moves = Moves(self._tier, mover, self.groups, self.bus, order=eviction)
+            self._moves = Moves(
+                self._tier, mover, self.groups, self.bus, order=eviction, on_evicted=self._evicted
+            )
         # Requests that wait for the disk.
         self._promotions: dict[str, Promotion] = {}
 
@@ -320,6 +324,14 @@ class Cache:
                 return reason if known else ("new" if shape.closed else "no_boundary")
         return "no_boundary"
 
+    def fate(self, group: int, key: bytes) -> str:
+        """What became of a block: "unknown", "published", "pending", "evicted", "quarantined",
+        "cleared", "abandoned"; "demoted": the disk has it, "tier_off": a disk that is off."""
+        host = self._tier.why(key)
+        if self._moves is None or host in ("published", "pending"):
+            return host
+        return self._moves.fate(key, host)
+
     def hold(self, request_id: str, group: int, keys: Keys, n_blocks: int) -> None:
         """Extends the request's lease to the deepest published block of `keys[:n_blocks]`.
 
@@ -362,7 +374,7 @@ class Cache:
         try:
             if refused:
                 self.bus.emit(events.Refused(request_id=request_id, blocks=refused, reason=reason))
-            self._tell_evictions()
+            self._tell_evictions(request_id)
             return Reservation(index, slots, generations, refused)
         except BaseException:
             self._tier.abandon(slots, generations)
@@ -509,8 +521,14 @@ class Cache:
         below = self._moves.disk.check_integrity() if self._moves is not None else []
         return [*self._tier.check_integrity(), *(f"disk: {line}" for line in below)]
 
-    def _tell_evictions(self) -> None:
+    def _tell_evictions(self, request_id: str) -> None:
         evictions = int(self._tier.stats()["evictions"])
         if evictions > self._evictions_told:
-            self.bus.emit(events.Evicted(blocks=evictions - self._evictions_told))
+            n = evictions - self._evictions_told
+            self.bus.emit(events.Evicted(blocks=n, request_id=request_id))
             self._evictions_told = evictions
+            self._evicted(self._tier.take_evicted(), "host", request_id)
+
+    def _evicted(self, keys: bytes, tier: str, request_id: str) -> None:
+        if self.on_evicted is not None:
+            self.on_evicted(keys, tier, request_id)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,6 +126,7 @@ class Moves:
         groups: the model's KV-cache groups.
         bus: where events go.
         order: the disk's eviction order.
+        on_evicted: is told of keys that left, from which tier, for whom ("" where nobody knows).
     """
 
     def __init__(
@@ -136,8 +137,10 @@ class Moves:
         bus: events.Bus,
         *,
         order: str,
+        on_evicted: Callable[[bytes, str, str], None] | None = None,
     ) -> None:
         self.disk = HostTier(mover.n_records, order)
+        self._on_evicted = on_evicted
         self._host = host
         self._mover = mover
         self._groups = tuple(groups)
@@ -175,6 +178,17 @@ class Moves:
     def has(self, key: bytes) -> bool:
         """Whether the disk has a block that stands by itself."""
         return self._mover.on and self.disk.match([key]) == 1
+
+    def fate(self, key: bytes, host: str) -> str:
+        """What became of a block that the host has not: see `Cache.fate`; `host` is its word."""
+        below = self.disk.why(key)
+        if below == "published":
+            return "demoted" if self._mover.on else "tier_off"
+        if below == "pending":
+            return "demoted" if host == "evicted" else host
+        if below == "abandoned" and host == "evicted":
+            return below
+        return below if host == "unknown" or below == "quarantined" else host
 
     @property
     def n_under_way(self) -> int:
@@ -438,3 +452,5 @@ class Moves:
             told = evictions - self._evictions_told
             self._bus.emit(events.Evicted(blocks=told, tier="disk"))
             self._evictions_told = evictions
+            if self._on_evicted is not None:
+                self._on_evicted(self.disk.take_evicted(), "disk", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -80,6 +80,7 @@ class Page:
         tier: dict[str, Any],
         scrubbed: dict[str, Any] | None = None,
         quarantined: Sequence[Quarantine] = (),
+        misses: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """Writes the page, at most four times a second but for news.
 
@@ -87,6 +88,7 @@ class Page:
             tier: `Cache.stats()`.
             scrubbed: `Scrub.stats()`, where there is one.
             quarantined: `Cache.quarantined()`.
+            misses: makes what the page says of misses.
         """
         now = time.monotonic()
         if not self._due and now - self._written_s < EVERY_S:
@@ -115,5 +117,6 @@ class Page:
             "last_failure": self.last_failure,
             "allowed": self._allowed,
             "recent": list(self._recent),
+            **misses(),
         }
         self._arena.write_stats(msgspec.msgpack.encode(page))

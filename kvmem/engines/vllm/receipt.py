@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvmem.config import Config
+from kvmem.explain.misses.outline import Outline
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -23,17 +24,21 @@ __all__ = ["Receipt", "Wishes"]
 class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load: bool = True
     store: bool = True
+    outline: str = ""
 
 
 class Wishes(msgspec.Struct, frozen=True):
     """What this request allows; a malformed wish is told in the receipt and changes nothing.
 
     `load_off` and `store_off` say who forbids it: "setting", "request", or None for nobody.
+    `outline` says what the prompt is made of (`kvmem.explain.misses.outline`), where a ledger sent
+    it along.
     """
 
     load_off: str | None
     store_off: str | None
     error: str | None = None
+    outline: Outline | None = None
 
     @property
     def load(self) -> bool:
@@ -48,15 +53,20 @@ class Wishes(msgspec.Struct, frozen=True):
     @classmethod
     def read(cls, params: Mapping[str, Any] | None, config: Config) -> Wishes:
         """The request's wishes within what the configuration allows."""
-        asked, error = _Asked(), None
+        asked, error, outline = _Asked(), None, None
         try:
             asked = msgspec.convert((params or {}).get("kvmem") or {}, _Asked)
         except msgspec.ValidationError as invalid:
             error = f"kv_transfer_params.kvmem was not understood and is ignored: {invalid}"
+        try:
+            outline = Outline.read(asked.outline) if asked.outline else None
+        except ValueError as invalid:
+            error = f"kv_transfer_params.kvmem.outline was not understood and is ignored: {invalid}"
         return cls(
             load_off=_off_by(config.load, asked.load),
             store_off=_off_by(config.store, asked.store),
             error=error,
+            outline=outline,
         )
 
 

@@ -19,6 +19,7 @@ from kvmem.engines.vllm import support
 from kvmem.engines.vllm.arenas import make_arena, open_disk
 from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.keys import Chains
+from kvmem.engines.vllm.misses import Misses
 from kvmem.engines.vllm.namespace import namespace_of
 from kvmem.engines.vllm.page import Page
 from kvmem.engines.vllm.proof import Proofs
@@ -94,6 +95,7 @@ class SchedulerHalf:
         self.shadows = Shadows(self.cache, self.geometry.shapes, config.shadow_share, self.bus)
         self.proofs = Proofs(self.ranks, self.bus, time.monotonic)
         self.live = Live(self, vllm_config)
+        self.misses = Misses(self, getattr(model, "tokenizer", None))
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -184,6 +186,7 @@ class SchedulerHalf:
         if off or seen.load_failed:
             seen.grant = None
             reason = "load_failed" if seen.load_failed else "load_off"
+            self.misses.looked_up(seen, start, start, self._reach(request), off=off, missing=reason)
             seen.receipt.matched(request, start, start, reason, off)
             return 0, False
         self._take_scrubbed()
@@ -201,6 +204,8 @@ class SchedulerHalf:
             seen.grant = None
             return None, False
         seen.grant = grant
+        reach = self._reach(request)
+        self.misses.looked_up(seen, start, grant.stop, reach, off=None, missing=grant.missing)
         seen.receipt.matched(request, start, grant.stop, grant.missing, from_disk=grant.from_disk)
         seen.receipt.disk_ms = grant.disk_s * 1e3
         return (grant.stop - start, True) if grant.stop > start else (0, False)
@@ -269,6 +274,7 @@ class SchedulerHalf:
 
     def orders(self, output: SchedulerOutput) -> Orders:
         """This step's copies: loads that were allocated, blocks that this step completes."""
+        self.misses.step(output.total_num_scheduled_tokens, time.monotonic())
         orders = self.bare_orders(output)
         self.wait_for_disk(output)
         for request_id in orders.finished:
@@ -442,8 +448,11 @@ class SchedulerHalf:
                 self.forget((request_id,))
 
     def _loaded(self, done: LoadDone) -> None:
+        seen = self._seen.get(done.request_id)
         for slot, generation, key, status in done.bad:
             if status in QUARANTINED:
+                if seen is not None:
+                    seen.bad_load = True
                 self.totals.quarantined += self.cache.quarantine(
                     slot, generation, key=key, reason=QUARANTINED[status]
                 )
@@ -457,7 +466,6 @@ class SchedulerHalf:
                 request_id=done.request_id, blocks=n, bytes=done.bytes, seconds=done.seconds
             )
         )
-        seen = self._seen.get(done.request_id)
         if seen is not None:
             seen.receipt.load_ms = max(seen.receipt.load_ms, done.seconds * 1e3)
             if done.bad:
@@ -490,6 +498,9 @@ class SchedulerHalf:
         receipt = seen.receipt.finish(request, self.geometry.block_tokens)
         self.totals.add(seen.receipt)
         self.page.finished(request.request_id, receipt["tokens"])
+        runs = self.misses.finished(seen)
+        if runs is not None:
+            receipt["misses"] = runs
         aborted = str(request.get_finished_reason()) in ("abort", "error")
         may = not (aborted or seen.loading or seen.stale) and seen.wishes.store
         keep = may and self.storing.has_more(seen, tables)
@@ -528,13 +539,14 @@ class SchedulerHalf:
     def write_stats(self) -> None:
         """Puts the counters where `kvmem stats` reads them, at most four times a second."""
         scrubbed = self.scrub.stats() if self.scrub is not None else None
-        self.page.write(self.cache.stats(), scrubbed, self.cache.quarantined())
+        self.page.write(self.cache.stats(), scrubbed, self.cache.quarantined(), self.misses.page)
 
     def close(self) -> None:
         """Unmaps the arena and removes its file."""
         try:
             self.live.close()
             self.write_stats()
+            self.misses.close()
         finally:
             if self.scrub is not None:
                 self.scrub.close()

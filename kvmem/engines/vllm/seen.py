@@ -9,6 +9,7 @@ from kvmem.cache import Grant
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.receipt import Receipt, Wishes
 from kvmem.engines.vllm.wire import Ids, Words
+from kvmem.explain.misses.explainer import Case
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -25,6 +26,8 @@ class Seen:
     `stale`: computed before a reset, so nothing of it is stored. `adapter` is the content of the
     request's adapter, as `Live.admit` settled it. `shadowed`: it is computed although it is stored.
     `approximate`: its salt is of those that may be answered approximately (I10).
+    `bad_load`: what
+    failed was a check of its load. `case` is why what is missing of it is missing.
     """
 
     request: Request
@@ -39,9 +42,11 @@ class Seen:
     finished: bool = False
     stale: bool = False
     load_failed: bool = False
+    bad_load: bool = False
     shadowed: bool = False
     approximate: bool = False
     adapter: bytes = b""
+    case: Case | None = None
 
     def forget_stored(self) -> None:
         """The engine begins the request anew."""

@@ -1,0 +1,228 @@
+"""The reason for every missed run of blocks, as requests come and go.
+
+    look    a request is looked up: what was found of it, and why not more
+    end     it is over: its runs, for the receipt, the events and the sums
+
+Cheap work only: hashes are compared, not tokens, and nothing is decoded. What a change of the
+prompt's text was is the `Namer`'s to find, on a thread of its own, and only for prompts that broke;
+an outline, where the request brought one, says it at once. Nothing here is text.
+
+Thread safety: one thread calls it, the engine's scheduler; the namer's answers are taken in there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+import msgspec
+
+from kvmem import events
+from kvmem._core import pack_tokens
+from kvmem.explain.misses.gone import Departure, Gone
+from kvmem.explain.misses.naming import Broken, Namer
+from kvmem.explain.misses.outline import Outline, compare
+from kvmem.explain.misses.past import Past, Pasts, Prompt, first_difference
+from kvmem.explain.misses.runs import Fates, Lookup, Run, runs_of
+from kvmem.explain.misses.sums import Cause, Pace, Sums
+
+__all__ = ["Case", "Explained", "Explainer"]
+
+RECENT = 32
+ID_CHARS = 96
+
+
+class Explained(msgspec.Struct, frozen=True):
+    """A request that is over."""
+
+    request_id: str
+    session: str
+    prompt: int
+    at_s: float
+    runs: tuple[Run, ...]
+
+
+class Case:
+    """What is known of a request under way."""
+
+    __slots__ = ("broken", "lookup", "past", "prompt", "runs", "shared")
+
+    def __init__(
+        self, prompt: Prompt, lookup: Lookup, runs: list[Run], past: Past | None, shared: int
+    ) -> None:
+        self.prompt = prompt
+        self.lookup = lookup
+        self.runs = runs
+        self.past = past
+        self.shared = shared
+        self.broken: Broken | None = None
+
+
+class Explainer:
+    """See the module.
+
+    Args:
+        block_tokens: tokens of a block.
+        fates: who knows what became of blocks.
+        bus: where the runs go as events.
+        namer: who finds out what a change was; None for nobody.
+        policy: the order that chooses which blocks leave.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        block_tokens: int,
+        fates: Fates,
+        bus: events.Bus,
+        *,
+        namer: Namer | None = None,
+        policy: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.pasts = Pasts(block_tokens)
+        self.gone = Gone()
+        self.pace = Pace()
+        self.sums = Sums()
+        self.recent: deque[Explained] = deque(maxlen=RECENT)
+        self._block_tokens = block_tokens
+        self._fates = fates
+        self._bus = bus
+        self._namer = namer
+        self._policy = policy
+        self._clock = clock
+        # Requests that are over, and whose break is yet to be named.
+        self._unnamed: OrderedDict[str, tuple[Broken, Run]] = OrderedDict()
+
+    # -- a request is looked up --------------------------------------------------------------
+
+    def look(
+        self, prompt: Prompt, lookup: Lookup, stored_keys: list[bytes], before: Case | None = None
+    ) -> Case:
+        """What is missing of a prompt, and why; asked again, `before` is the last answer."""
+        past, shared = self.pasts.find(prompt)
+        runs = runs_of(
+            prompt,
+            lookup,
+            stored_keys,
+            past,
+            shared,
+            block_tokens=self._block_tokens,
+            fates=self._fates,
+            gone=self.gone,
+            other_salt=past is None and self.pasts.other_salt(prompt),
+        )
+        case = Case(prompt, lookup, runs, past, shared)
+        if past is not None:
+            self._break(case, past, before)
+        return case
+
+    def _break(self, case: Case, past: Past, before: Case | None) -> None:
+        """Says where and how a prompt differs from the one that it was meant to extend."""
+        at = next((i for i, run in enumerate(case.runs) if run.reason == "input_changed"), None)
+        if at is None:
+            return
+        prompt = case.prompt
+        run = case.runs[at]
+        token, packed = None, b""
+        if prompt.tokens is not None and past.tokens:
+            packed = pack_tokens(prompt.tokens)
+            token = first_difference(past.tokens, packed, case.shared * self._block_tokens)
+        case.runs[at] = msgspec.structs.replace(run, token=token)
+        if past.outline and prompt.outline:
+            where = run.first if token is None else token
+            verdict = compare(Outline(past.outline), Outline(prompt.outline), where)
+            case.runs[at] = msgspec.structs.replace(
+                case.runs[at], reason=verdict.reason, role=verdict.role, message=verdict.message,
+                epoch=verdict.epoch,
+            )  # fmt: skip
+        elif before is not None and before.broken is not None and before.past is past:
+            case.broken = before.broken
+        elif self._namer is not None and token is not None:
+            case.broken = Broken(bytes(past.tokens), packed, token, past.n_prompt)
+            self._namer.submit(case.broken)
+
+    def evicted(self, keys: bytes, tier: str, request_id: str, salt: bytes) -> None:
+        """Blocks made room for a request."""
+        self.gone.add(keys, Departure(self._clock(), tier, self._policy, request_id, salt))
+
+    # -- a request is over -------------------------------------------------------------------
+
+    def end(
+        self, case: Case, *, reply: list[int], n_computed: int, store_off: str | None
+    ) -> list[Run]:
+        """The runs of a request that is over, with what they cost.
+
+        Args:
+            case: `look`'s last answer.
+            reply: the ids that were sampled.
+            n_computed: tokens that have KV.
+            store_off: by whom stores were off.
+        """
+        ms = self.pace.s_per_token * 1e3
+        runs = [_named(msgspec.structs.replace(run, ms=round(run.tokens * ms, 3)), case.broken)
+                for run in case.runs]  # fmt: skip
+        prompt, now = case.prompt, self._clock()
+        self.pasts.keep(prompt, case.past, case.shared, reply, n_computed, store_off)
+        for run in runs:
+            self.sums.add(run, now)
+            self._tell(prompt.request_id, run)
+        self.recent.append(
+            Explained(prompt.request_id[:ID_CHARS], prompt.session[:ID_CHARS], prompt.n_tokens,
+                      now, tuple(runs))
+        )  # fmt: skip
+        if case.broken is not None and not case.broken.done:
+            self._unnamed[prompt.request_id] = (
+                case.broken, next(run for run in runs if run.reason == "input_changed")
+            )  # fmt: skip
+            if len(self._unnamed) > RECENT:
+                self._unnamed.popitem(last=False)
+        return runs
+
+    def _tell(self, request_id: str, run: Run) -> None:
+        self._bus.emit(
+            events.Missed(
+                request_id=request_id,
+                reason=run.reason,
+                tokens=run.tokens,
+                first=run.first,
+                ms=run.ms,
+                role=run.role,
+                message=run.message,
+                tier=run.tier,
+            )
+        )
+
+    def settle(self) -> None:
+        """Takes in what the namer has found since, of requests that are over."""
+        for request_id in [i for i, (broken, _) in self._unnamed.items() if broken.done]:
+            broken, run = self._unnamed.pop(request_id)
+            named, now = _named(run, broken), self._clock()
+            if named == run:
+                continue
+            self.sums.add(run, now, times=-1)
+            self.sums.add(named, now)
+            self._tell(request_id, named)
+            for i, one in enumerate(self.recent):
+                if one.request_id == request_id[:ID_CHARS] and run in one.runs:
+                    runs = tuple(named if other == run else other for other in one.runs)
+                    self.recent[i] = msgspec.structs.replace(one, runs=runs)
+
+    def top(self) -> list[Cause]:
+        """The ten dearest causes of the last hour."""
+        return self.sums.top(self._clock())
+
+    def close(self) -> None:
+        """Ends the namer's thread."""
+        if self._namer is not None:
+            self._namer.close()
+
+
+def _named(run: Run, broken: Broken | None) -> Run:
+    if run.reason != "input_changed" or broken is None or broken.verdict is None:
+        return run
+    verdict = broken.verdict
+    return msgspec.structs.replace(
+        run, reason=verdict.reason, role=verdict.role, message=verdict.message, rule=verdict.rule
+    )
