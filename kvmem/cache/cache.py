@@ -328,7 +328,7 @@ class Cache:
         """What became of a block: "unknown", "published", "pending", "evicted", "quarantined",
         "cleared", "abandoned"; "demoted": the disk has it, "tier_off": a disk that is off."""
         host = self._tier.why(key)
-        if self._moves is None or host in ("published", "pending"):
+        if self._moves is None or host == "published":
             return host
         return self._moves.fate(key, host)
 

@@ -182,6 +182,8 @@ class Moves:
     def fate(self, key: bytes, host: str) -> str:
         """What became of a block that the host has not: see `Cache.fate`; `host` is its word."""
         below = self.disk.why(key)
+        if host == "pending":
+            return "demoted" if bytes(key) in self._coming else host
         if below == "published":
             return "demoted" if self._mover.on else "tier_off"
         if below == "pending":

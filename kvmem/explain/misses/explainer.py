@@ -129,18 +129,22 @@ class Explainer:
         if prompt.tokens is not None and past.tokens:
             packed = pack_tokens(prompt.tokens)
             token = first_difference(past.tokens, packed, case.shared * self._block_tokens)
-        case.runs[at] = msgspec.structs.replace(run, token=token)
+        case.runs[at] = run = msgspec.structs.replace(run, token=token)
+        verdict = None
         if past.outline and prompt.outline:
             where = run.first if token is None else token
             verdict = compare(Outline(past.outline), Outline(prompt.outline), where)
+        if verdict is not None:
             case.runs[at] = msgspec.structs.replace(
-                case.runs[at], reason=verdict.reason, role=verdict.role, message=verdict.message,
+                run, reason=verdict.reason, role=verdict.role, message=verdict.message,
                 epoch=verdict.epoch,
             )  # fmt: skip
         elif before is not None and before.broken is not None and before.past is past:
             case.broken = before.broken
         elif self._namer is not None and token is not None:
-            case.broken = Broken(bytes(past.tokens), packed, token, past.n_prompt)
+            case.broken = Broken(
+                bytes(past.tokens), packed, token, past.n_prompt, meant=bool(prompt.session)
+            )
             self._namer.submit(case.broken)
 
     def evicted(self, keys: bytes, tier: str, request_id: str, salt: bytes) -> None:

@@ -52,15 +52,19 @@ class Named(msgspec.Struct, frozen=True):
 
 
 class Broken:
-    """A prompt, the one before it with its reply, and the first token that differs."""
+    """A prompt, the one before it with its reply, and the first token that differs.
 
-    __slots__ = ("done", "n_sent", "new", "old", "token", "verdict")
+    `meant`: the one is known to go on from the other, since both name their session.
+    """
 
-    def __init__(self, old: bytes, new: bytes, token: int, n_sent: int) -> None:
+    __slots__ = ("done", "meant", "n_sent", "new", "old", "token", "verdict")
+
+    def __init__(self, old: bytes, new: bytes, token: int, n_sent: int, *, meant: bool) -> None:
         self.old = old
         self.new = new
         self.token = token
         self.n_sent = n_sent
+        self.meant = meant
         self.verdict: Named | None = None
         self.done = False
 
@@ -153,7 +157,11 @@ def name(broken: Broken, decode: Decode) -> Named:
     if at is None or parts[at].origin > turn:  # what differs there is the same text
         where = next((i for i, part in enumerate(now) if part.origin == turn), len(now))
         return _of(now, where, "retokenized")
+    if not broken.meant and not _share_messages(before, now):
+        return Named("first_time")
     rule = classify(before, now, at, n_sent=n_sent)
+    if rule == "history-edited" and _is_shorter(before, now, at):
+        rule = "history-compacted"
     part = now[at] if at < len(now) else before[at]
     reason = OF_RULE.get(rule, "input_changed")
     if rule.startswith("volatile") and part.kind in ("system", "tools"):
@@ -163,6 +171,18 @@ def name(broken: Broken, decode: Decode) -> Named:
     if rule == "json-reserialised" and part.kind == "tools":
         reason = "tools_changed"
     return _of(now if at < len(now) else before, at, reason, rule)
+
+
+def _share_messages(before: list[Part], now: list[Part]) -> bool:
+    """Whether two prompts of unknown sessions are one conversation, and not two with one head."""
+    had = {part.identity for part in before if part.kind == "message"}
+    return any(part.identity in had for part in now if part.kind == "message")
+
+
+def _is_shorter(before: list[Part], now: list[Part], at: int) -> bool:
+    """Whether messages from `at` on gave way to fewer, and what came after them was kept."""
+    kept = {part.identity for part in before[at + 1 :]}
+    return len(now) < len(before) and any(part.identity in kept for part in now[at:])
 
 
 def _of(parts: list[Part], at: int, reason: str, rule: str = "") -> Named:

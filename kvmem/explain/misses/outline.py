@@ -113,8 +113,9 @@ class Outline(msgspec.Struct, frozen=True):
         ]  # fmt: skip
 
 
-def compare(old: Outline, new: Outline, token: int) -> Verdict:
-    """Why a prompt that had `old` and has `new` differs first at `token`."""
+def compare(old: Outline, new: Outline, token: int) -> Verdict | None:
+    """Why a prompt that had `old` and has `new` differs first at `token`; None: in the reply to the
+    former, of which an outline says nothing."""
     now, before = new.spans(), old.spans()
     at = next((i for i, span in enumerate(now) if span.stop > token), len(now) - 1)
     role, message = now[at].role, at - 1 if at else None
@@ -126,7 +127,9 @@ def compare(old: Outline, new: Outline, token: int) -> Verdict:
         if old.system != new.system:
             return Verdict("system_changed", "system")
         return Verdict("template_rewrote_history", "head")
-    if at >= len(before) or before[at].said != now[at].said or before[at].role != role:
+    if at >= len(before):
+        return None
+    if before[at].said != now[at].said or before[at].role != role:
         return Verdict("input_changed", role, message)
     if before[at].form != now[at].form:
         return Verdict("tool_args_reserialized", role, message)
