@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import _corpus
 from kvmem import events
 from kvmem.cache import Cache
-from kvmem.explain.misses.explainer import Case, Explainer
+from kvmem.explain.misses.explainer import Explainer
 from kvmem.explain.misses.naming import Namer
 from kvmem.explain.misses.outline import Outline, OutlineSpan, digests_of
 from kvmem.explain.misses.past import Prompt
@@ -224,13 +224,14 @@ class World:
             request_id, session, salted, adapter.encode(), self.weights, b"", keys, ids, len(ids),
             outline,
         )  # fmt: skip
-        case = self._look(prompt, stored, load=load)
+        case = self.explainer.known(self._lookup(prompt, stored, load=load), stored)
+        self.explainer.look(case, prompt)
         reply = self.reply(talk, answer) if answer is not None else []
         whole = [*ids, *reply]
-        case.prompt.keys = self.keys(whole, salt, adapter)
+        prompt.keys = self.keys(whole, salt, adapter)
         n_computed = max(len(ids), len(whole) - 1)
         if store and not missing:
-            self._store(request_id, self.stored_keys(case.prompt.keys)[: n_computed // BLOCK])
+            self._store(request_id, self.stored_keys(list(prompt.keys))[: n_computed // BLOCK])
         self.cache.release(request_id)
         self.namer.join()
         runs = self.explainer.end(
@@ -238,17 +239,16 @@ class World:
         )
         return Served(runs, stored, ids)
 
-    def _look(self, prompt: Prompt, stored: list[bytes], *, load: bool) -> Case:
+    def _lookup(self, prompt: Prompt, stored: list[bytes], *, load: bool) -> Lookup:
         reach = min(prompt.n_tokens - 1, len(stored) * BLOCK)
         if not load:
             here = self.cache.match([stored], 0, reach)
-            lookup = Lookup(0, 0, reach, "disabled_by_request", "request", here)
-            return self.explainer.look(prompt, lookup, stored)
+            return Lookup(0, 0, reach, "disabled_by_request", "request", here)
         grant = self.cache.acquire(prompt.request_id, [stored], start=0, limit=reach)
         while grant.coming:
             self.now[0] += 1.0
             grant = self.cache.acquire(prompt.request_id, [stored], start=0, limit=reach)
-        return self.explainer.look(prompt, Lookup(0, grant.stop, reach), stored)
+        return Lookup(0, grant.stop, reach)
 
     def _store(self, request_id: str, keys: list[bytes]) -> None:
         if not keys:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvmem.engines.vllm.seen import Seen
-from kvmem.explain.misses.explainer import Explainer
+from kvmem.explain.misses.behind import Behind
+from kvmem.explain.misses.explainer import Case, Explainer
 from kvmem.explain.misses.naming import Namer
 from kvmem.explain.misses.past import Prompt
 from kvmem.explain.misses.reasons import fix_of
@@ -55,6 +56,7 @@ class Misses:
             namer=Namer(self._decoder, lambda error: half.failed("explain", error)),
             policy=half.config.eviction,
         )
+        self._behind = Behind("kvmem-explain", self._job_failed)
         half.cache.on_evicted = self._evicted
 
     def _decoder(self) -> Callable[[Sequence[int]], str] | None:
@@ -77,6 +79,10 @@ class Misses:
             self._half.failed("explain", f"{what}: {type(error).__name__}: {error}")
             return None
 
+    def _job_failed(self, error: Exception) -> None:
+        log.warning("kvmem: a request has no reasons: %s", error, exc_info=error)
+        self._half.failed("explain", f"{type(error).__name__}: {error}")
+
     # -- a request's way ---------------------------------------------------------------------
 
     def looked_up(
@@ -90,31 +96,42 @@ class Misses:
     def _look(
         self, seen: Seen, start: int, stop: int, reach: int, off: str | None, missing: str
     ) -> None:
-        blocked, here = "", 0
-        if seen.load_failed and seen.case is not None:
-            blocked = seen.case.lookup.blocked if seen.case.lookup.here else OF_FAULT[seen.bad_load]
-            here = max(seen.case.lookup.here, seen.case.lookup.stop)
+        before, blocked, here = seen.case, "", 0
+        if seen.load_failed and before is not None:
+            blocked = before.lookup.blocked if before.lookup.here else OF_FAULT[seen.bad_load]
+            here = max(before.lookup.here, before.lookup.stop)
         elif off is not None:
             blocked = "disabled_by_request"
             here = self._half.cache.match(seen.keys.all(), start, reach)
-        lookup = Lookup(
-            start, stop, reach, blocked, off or "", here, no_boundary=missing == "no_boundary"
+        self._take(
+            seen,
+            Lookup(start, stop, reach, blocked, off or "", here, missing == "no_boundary"),
+            before,
         )
-        prompt = self._prompt(seen)
-        seen.case = self.explainer.look(prompt, lookup, seen.keys.of(0), seen.case)
 
-    def _prompt(self, seen: Seen) -> Prompt:
+    def _take(self, seen: Seen, lookup: Lookup, before: Case | None) -> None:
+        seen.case = case = self.explainer.known(lookup, seen.keys.of(0))
+        weights, content = self._half.live.epoch, seen.adapter
+
+        def look() -> None:
+            if seen.case is case:  # else it was looked up again since
+                self.explainer.look(case, self._prompt(seen, weights, content), before)
+
+        self._behind.add(look)
+
+    def _prompt(self, seen: Seen, weights: bytes, content: bytes) -> Prompt:
         request = seen.request
         lora = getattr(request, "lora_request", None)
         outline = seen.wishes.outline
+        whole = request.num_prompt_tokens // (self._unit * self._half.geometry.hash_tokens)
         return Prompt(
             request_id=request.request_id,
             session=getattr(request, "session_id", None) or "",
             salt=_digest(getattr(request, "cache_salt", None)),
             adapter=_digest(f"{lora.lora_name}\0{lora.lora_path}" if lora is not None else None),
-            weights=self._half.live.epoch,
-            content=seen.adapter,
-            keys=self._keys(request),
+            weights=weights,
+            content=content,
+            keys=self._keys(request)[:whole],
             tokens=request.prompt_token_ids,
             n_tokens=request.num_prompt_tokens,
             outline=outline.packed if outline is not None else b"",
@@ -128,35 +145,52 @@ class Misses:
         """The runs of a request that is over, for its receipt."""
         return None if seen.case is None else self._safely("end", lambda: self._end(seen))
 
-    def _end(self, seen: Seen) -> list[dict[str, Any]]:
-        case, request = seen.case, seen.request
-        assert case is not None
-        case.prompt.keys = self._keys(request)
-        if seen.load_failed and not case.lookup.blocked:  # and the engine did not ask again
+    def _end(self, seen: Seen) -> list[dict[str, Any]] | None:
+        case = seen.case
+        if seen.load_failed and case is not None and not case.lookup.blocked:
+            # And the engine did not ask again.
             lookup = msgspec.structs.replace(
                 case.lookup,
                 stop=case.lookup.start + seen.receipt.host + seen.receipt.disk,
                 blocked=OF_FAULT[seen.bad_load],
                 here=case.lookup.stop,
             )
-            case = self.explainer.look(case.prompt, lookup, seen.keys.of(0), case)
-        runs = self.explainer.end(
+            self._take(seen, lookup, case)
+            case = seen.case
+        if case is None:
+            return None
+        if case.runs is None:  # a short request, and the thread has not come to it
+            self._behind.finish()
+        if case.runs is None:
+            return None
+        ms = self.explainer.pace.s_per_token * 1e3
+        told = [_told(run, ms) for run in case.named()]
+        self._behind.add(lambda: self._keep(seen, case))
+        return told
+
+    def _keep(self, seen: Seen, case: Case) -> None:
+        request, prompt = seen.request, case.prompt
+        assert prompt is not None
+        prompt.keys = self._keys(request)
+        self.explainer.end(
             case,
             reply=list(request.output_token_ids),
             n_computed=min(request.num_computed_tokens, request.num_tokens - 1),
             store_off=seen.receipt.store_off,
         )
-        self.explainer.settle()
-        return [_told(run) for run in runs]
 
     def step(self, n_tokens: int, now_s: float) -> None:
-        """A step goes out."""
+        """A step goes out: there is time for what waits, while the model computes."""
         self.explainer.pace.step(n_tokens, now_s)
+        self._behind.wake()
 
     def _evicted(self, keys: bytes, tier: str, request_id: str) -> None:
+        self._safely("evicted", lambda: self._told_of(keys, tier, request_id))
+
+    def _told_of(self, keys: bytes, tier: str, request_id: str) -> None:
         seen = self._half.seen(request_id)
         salt = _digest(getattr(seen.request, "cache_salt", None)) if seen is not None else b"?"
-        self._safely("evicted", lambda: self.explainer.evicted(keys, tier, request_id, salt))
+        self.explainer.evicted(keys, tier, request_id, salt)
 
     # -- for others --------------------------------------------------------------------------
 
@@ -165,6 +199,7 @@ class Misses:
         return self._safely("page", self._page) or {}
 
     def _page(self) -> dict[str, Any]:
+        self._behind.finish()
         self.explainer.settle()
         told: list[msgspec.Raw] = []
         room = PAGE_BYTES
@@ -177,12 +212,14 @@ class Misses:
         return {"explained": told[::-1], "causes": self.explainer.top()}
 
     def close(self) -> None:
-        """Ends the thread that names breaks."""
+        """Ends the threads."""
+        self._safely("close", self._behind.close)
         self._safely("close", self.explainer.close)
 
 
-def _told(run: Run) -> dict[str, Any]:
+def _told(run: Run, ms: float) -> dict[str, Any]:
     told: dict[str, Any] = msgspec.to_builtins(run)
+    told["ms"] = round(run.tokens * ms, 3)
     fix = fix_of(run.reason)
     if fix:
         told["fix"] = fix

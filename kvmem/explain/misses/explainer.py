@@ -1,20 +1,22 @@
 """The reason for every missed run of blocks, as requests come and go.
 
-    look    a request is looked up: what was found of it, and why not more
-    end     it is over: its runs, for the receipt, the events and the sums
+    known   what the tiers remember of missing blocks, at the moment of the look-up
+    look    the earlier prompt that this one was meant to extend, and the runs
+    end     the request is over: the events, the sums, and what later prompts are compared with
 
-Cheap work only: hashes are compared, not tokens, and nothing is decoded. What a change of the
-prompt's text was is the `Namer`'s to find, on a thread of its own, and only for prompts that broke;
-an outline, where the request brought one, says it at once. Nothing here is text.
+`known` and `evicted` are the scheduler's; the rest is done on a thread, behind it (`Behind`), since
+none of it is needed before a request ends. Hashes are compared, not tokens, and nothing is decoded:
+what a change of the prompt's text was is the `Namer`'s to find, only for prompts that broke; an
+outline, where the request brought one, says it at once. Nothing here is text.
 
-Thread safety: one thread calls it, the engine's scheduler; the namer's answers are taken in there.
+Thread safety: `known` and `evicted` are called by one thread, all else under one lock.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -24,7 +26,7 @@ from kvmem.explain.misses.gone import Departure, Gone
 from kvmem.explain.misses.naming import Broken, Namer
 from kvmem.explain.misses.outline import Outline, compare
 from kvmem.explain.misses.past import Past, Pasts, Prompt, first_difference
-from kvmem.explain.misses.runs import Fates, Lookup, Run, runs_of
+from kvmem.explain.misses.runs import Fates, Known, Lookup, Run, known_of, runs_of
 from kvmem.explain.misses.sums import Cause, Pace, Sums
 
 __all__ = ["Case", "Explained", "Explainer"]
@@ -44,19 +46,22 @@ class Explained(msgspec.Struct, frozen=True):
 
 
 class Case:
-    """What is known of a request under way."""
+    """A request's look-up, and what came of it: `runs` once `look` has had it."""
 
-    __slots__ = ("broken", "lookup", "past", "prompt", "runs", "shared")
+    __slots__ = ("broken", "known", "lookup", "past", "prompt", "runs", "shared")
 
-    def __init__(
-        self, prompt: Prompt, lookup: Lookup, runs: list[Run], past: Past | None, shared: int
-    ) -> None:
-        self.prompt = prompt
+    def __init__(self, lookup: Lookup, known: Sequence[Known]) -> None:
         self.lookup = lookup
-        self.runs = runs
-        self.past = past
-        self.shared = shared
+        self.known = known
+        self.prompt: Prompt | None = None
+        self.past: Past | None = None
+        self.shared = 0
         self.broken: Broken | None = None
+        self.runs: list[Run] | None = None
+
+    def named(self) -> list[Run]:
+        """The runs as they are known by now."""
+        return [_named(run, self.broken) for run in self.runs or ()]
 
 
 class Explainer:
@@ -95,47 +100,58 @@ class Explainer:
         # Requests that are over, and whose break is yet to be named.
         self._unnamed: OrderedDict[str, tuple[Broken, Run]] = OrderedDict()
 
+    # -- the scheduler's ---------------------------------------------------------------------
+
+    def known(self, lookup: Lookup, keys: Sequence[bytes]) -> Case:
+        """A case for what is missing beyond `lookup`; `keys` are those that kvmem has it under."""
+        first = max(lookup.stop, lookup.here) // self._block_tokens
+        last = lookup.reach // self._block_tokens
+        found = known_of(
+            keys, first, last, self._fates, self.gone, no_boundary=lookup.no_boundary
+        )  # fmt: skip
+        return Case(lookup, found)
+
+    def evicted(self, keys: bytes, tier: str, request_id: str, salt: bytes) -> None:
+        """Blocks made room for a request."""
+        self.gone.add(keys, Departure(self._clock(), tier, self._policy, request_id, salt))
+
     # -- a request is looked up --------------------------------------------------------------
 
-    def look(
-        self, prompt: Prompt, lookup: Lookup, stored_keys: list[bytes], before: Case | None = None
-    ) -> Case:
-        """What is missing of a prompt, and why; asked again, `before` is the last answer."""
+    def look(self, case: Case, prompt: Prompt, before: Case | None = None) -> None:
+        """Why what is missing of a prompt is missing; asked again, `before` is the case before."""
         past, shared = self.pasts.find(prompt)
         runs = runs_of(
             prompt,
-            lookup,
-            stored_keys,
+            case.lookup,
+            case.known,
             past,
             shared,
             block_tokens=self._block_tokens,
-            fates=self._fates,
-            gone=self.gone,
             other_salt=past is None and self.pasts.other_salt(prompt),
         )
-        case = Case(prompt, lookup, runs, past, shared)
+        case.prompt, case.past, case.shared = prompt, past, shared
         if past is not None:
-            self._break(case, past, before)
-        return case
+            runs = self._break(case, prompt, past, runs, before)
+        case.runs = runs
 
-    def _break(self, case: Case, past: Past, before: Case | None) -> None:
+    def _break(
+        self, case: Case, prompt: Prompt, past: Past, runs: list[Run], before: Case | None
+    ) -> list[Run]:
         """Says where and how a prompt differs from the one that it was meant to extend."""
-        at = next((i for i, run in enumerate(case.runs) if run.reason == "input_changed"), None)
+        at = next((i for i, run in enumerate(runs) if run.reason == "input_changed"), None)
         if at is None:
-            return
-        prompt = case.prompt
-        run = case.runs[at]
-        token, packed = None, b""
+            return runs
+        run, token, packed = runs[at], None, b""
         if prompt.tokens is not None and past.tokens:
             packed = pack_tokens(prompt.tokens)
             token = first_difference(past.tokens, packed, case.shared * self._block_tokens)
-        case.runs[at] = run = msgspec.structs.replace(run, token=token)
+        runs[at] = run = msgspec.structs.replace(run, token=token)
         verdict = None
         if past.outline and prompt.outline:
             where = run.first if token is None else token
             verdict = compare(Outline(past.outline), Outline(prompt.outline), where)
         if verdict is not None:
-            case.runs[at] = msgspec.structs.replace(
+            runs[at] = msgspec.structs.replace(
                 run, reason=verdict.reason, role=verdict.role, message=verdict.message,
                 epoch=verdict.epoch,
             )  # fmt: skip
@@ -146,28 +162,25 @@ class Explainer:
                 bytes(past.tokens), packed, token, past.n_prompt, meant=bool(prompt.session)
             )
             self._namer.submit(case.broken)
-
-    def evicted(self, keys: bytes, tier: str, request_id: str, salt: bytes) -> None:
-        """Blocks made room for a request."""
-        self.gone.add(keys, Departure(self._clock(), tier, self._policy, request_id, salt))
+        return runs
 
     # -- a request is over -------------------------------------------------------------------
 
     def end(
         self, case: Case, *, reply: list[int], n_computed: int, store_off: str | None
     ) -> list[Run]:
-        """The runs of a request that is over, with what they cost.
+        """The runs of a request that is over, with what they cost: told, summed up, and kept.
 
         Args:
-            case: `look`'s last answer.
+            case: that `look` had; its prompt's keys have grown with the reply.
             reply: the ids that were sampled.
             n_computed: tokens that have KV.
             store_off: by whom stores were off.
         """
-        ms = self.pace.s_per_token * 1e3
-        runs = [_named(msgspec.structs.replace(run, ms=round(run.tokens * ms, 3)), case.broken)
-                for run in case.runs]  # fmt: skip
         prompt, now = case.prompt, self._clock()
+        assert prompt is not None
+        ms = self.pace.s_per_token * 1e3
+        runs = [msgspec.structs.replace(run, ms=round(run.tokens * ms, 3)) for run in case.named()]
         self.pasts.keep(prompt, case.past, case.shared, reply, n_computed, store_off)
         for run in runs:
             self.sums.add(run, now)
@@ -176,12 +189,12 @@ class Explainer:
             Explained(prompt.request_id[:ID_CHARS], prompt.session[:ID_CHARS], prompt.n_tokens,
                       now, tuple(runs))
         )  # fmt: skip
-        if case.broken is not None and not case.broken.done:
-            self._unnamed[prompt.request_id] = (
-                case.broken, next(run for run in runs if run.reason == "input_changed")
-            )  # fmt: skip
+        unnamed = [run for run in runs if run.reason == "input_changed"]
+        if unnamed and case.broken is not None and case.broken.verdict is None:
+            self._unnamed[prompt.request_id] = (case.broken, unnamed[0])
             if len(self._unnamed) > RECENT:
                 self._unnamed.popitem(last=False)
+        self.settle()
         return runs
 
     def _tell(self, request_id: str, run: Run) -> None:
@@ -200,6 +213,8 @@ class Explainer:
 
     def settle(self) -> None:
         """Takes in what the namer has found since, of requests that are over."""
+        if not self._unnamed:
+            return
         for request_id in [i for i, (broken, _) in self._unnamed.items() if broken.done]:
             broken, run = self._unnamed.pop(request_id)
             named, now = _named(run, broken), self._clock()

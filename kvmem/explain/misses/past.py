@@ -50,7 +50,7 @@ class Past:
     """An earlier prompt with its reply."""
 
     __slots__ = (
-        "adapter", "content", "keys", "marks", "n_prompt", "outline", "request_id", "salt",
+        "adapter", "content", "end", "keys", "marks", "n_prompt", "outline", "request_id", "salt",
         "session", "store_off", "tokens", "weights",
     )  # fmt: skip
 
@@ -61,6 +61,7 @@ class Past:
         self.keys = bytearray()
         self.tokens = bytearray()
         self.marks: tuple[int, ...] = ()
+        self.end = b""
         self.store_off: str | None = None
         self.take(prompt)
 
@@ -95,6 +96,7 @@ class Pasts:
         self._all: OrderedDict[int, Past] = OrderedDict()  # by id(); least lately used first
         self._named: dict[tuple[bytes, str], list[Past]] = {}
         self._by_mark: dict[int, Past] = {}
+        self._by_end: dict[bytes, Past] = {}  # by the last of its keys
         self._salts: OrderedDict[str, bytes] = OrderedDict()
 
     def __len__(self) -> int:
@@ -107,6 +109,15 @@ class Pasts:
         that is known."""
         if prompt.session:
             return self._nearest(self._named.get((prompt.salt, prompt.session), ()), prompt)
+        by_end = self._by_end
+        for key in reversed(prompt.keys):  # what it extends ends not far before its own end
+            past = by_end.get(key)
+            if past is not None:
+                return past, past.n_blocks
+        return self._broken(prompt)
+
+    def _broken(self, prompt: Prompt) -> tuple[Past | None, int]:
+        """A nameless prompt that this one was meant to extend, and does not."""
         for depth in reversed(DEPTHS):
             if depth <= len(prompt.keys):
                 past = self._by_mark.get(_mark(prompt.keys[depth - 1]))
@@ -218,6 +229,10 @@ class Pasts:
             if len(self._salts) > self._most:
                 self._salts.popitem(last=False)
             return
+        if past.n_blocks:
+            self._by_end.pop(past.end, None)
+            past.end = bytes(past.keys[-KEY:])
+            self._by_end[past.end] = past
         past.marks = tuple(
             _mark(past.keys[KEY * (depth - 1) : KEY * depth])
             for depth in DEPTHS
@@ -232,6 +247,8 @@ class Pasts:
         for mark in past.marks:
             if self._by_mark.get(mark) is past:
                 del self._by_mark[mark]
+        if self._by_end.get(past.end) is past:
+            del self._by_end[past.end]
         branches = self._named.get((past.salt, past.session))
         if branches is not None and past in branches:
             branches.remove(past)

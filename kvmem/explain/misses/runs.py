@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -18,7 +19,7 @@ from kvmem._core import pack_tokens
 from kvmem.explain.misses.gone import Departure, Gone
 from kvmem.explain.misses.past import Past, Prompt, first_difference
 
-__all__ = ["Fates", "Lookup", "Run", "runs_of"]
+__all__ = ["Fates", "Known", "Lookup", "Run", "known_of", "runs_of"]
 
 UNKNOWN = "unknown"
 OF_FATE = {
@@ -98,6 +99,15 @@ class Lookup(msgspec.Struct, frozen=True):
     no_boundary: bool = False
 
 
+class Known(msgspec.Struct, frozen=True, gc=False):
+    """Missing blocks up to block `stop` that the tiers remember, and what became of them."""
+
+    reason: str
+    stop: int
+    tier: str = ""
+    departure: Departure | None = None
+
+
 class _Found:
     """Runs in the making; `at` is the token that the next one begins with."""
 
@@ -112,16 +122,47 @@ class _Found:
             self.at = stop
 
 
+def known_of(
+    keys: Sequence[bytes], first: int, last: int, fates: Fates, gone: Gone, *, no_boundary: bool
+) -> list[Known]:
+    """What the tiers remember of blocks [first, last): below one that was never here nothing was.
+
+    This is asked when a request is looked up: a moment later it stores what is missing itself.
+
+    Args:
+        keys: under which kvmem has the prompt's blocks.
+        first: the first block that was not found.
+        last: the one after the last that could have been.
+        fates: of blocks.
+        gone: what is remembered of those that left.
+        no_boundary: more is here, but no state or window to resume from.
+    """
+    known: list[Known] = []
+    at, last = first, min(last, len(keys))
+    while at < last:
+        fate = fates.fate(0, keys[at])
+        if fate == UNKNOWN:
+            if no_boundary and not known:
+                known.append(Known("no_boundary", at + 1))
+                at += 1
+                continue
+            break
+        stop = _same_until(fates, keys, at, last, fate)
+        tier = "disk" if fate in ("demoted", "tier_off") else ""
+        departure = gone.find(keys[at]) if fate == "evicted" else None
+        known.append(Known(OF_FATE.get(fate, "tier_error"), stop, tier, departure))
+        at = stop
+    return known
+
+
 def runs_of(
     prompt: Prompt,
     lookup: Lookup,
-    stored_keys: list[bytes],
+    known: Sequence[Known],
     past: Past | None,
     shared: int,
     *,
     block_tokens: int,
-    fates: Fates,
-    gone: Gone,
     other_salt: bool,
 ) -> list[Run]:
     """The runs, first to last; together they are all tokens from `lookup.stop` on.
@@ -129,20 +170,19 @@ def runs_of(
     Args:
         prompt: who asks.
         lookup: what was found.
-        stored_keys: the keys under which kvmem has the prompt's blocks.
+        known: what `known_of` said of what was not.
         past: the prompt that this one was meant to extend, and `shared`.
         shared: blocks that both have.
         block_tokens: tokens of a block.
-        fates: of blocks.
-        gone: what is remembered of those that left.
         other_salt: whether the session came with another salt before.
     """
     found = _Found(lookup.stop)
     reach = lookup.reach - lookup.reach % block_tokens
     if lookup.blocked:
         found.add(lookup.blocked, max(lookup.stop, min(lookup.here, reach)), by=lookup.by)
-    last = min(reach // block_tokens, len(stored_keys))
-    _known(found, stored_keys, last, block_tokens, fates, gone, prompt, lookup)
+    for one in known:
+        more = _told(one.departure, prompt.salt) if one.departure is not None else {}
+        found.add(one.reason, one.stop * block_tokens, **{"tier": one.tier, **more})
     if past is None:
         found.add("salt_changed" if other_salt else "first_time", reach)
     else:
@@ -151,36 +191,7 @@ def runs_of(
     return found.runs
 
 
-def _known(
-    found: _Found,
-    keys: list[bytes],
-    last: int,
-    block_tokens: int,
-    fates: Fates,
-    gone: Gone,
-    prompt: Prompt,
-    lookup: Lookup,
-) -> None:
-    """Blocks that the tiers remember: what hangs below one that was never here never was."""
-    at = found.at // block_tokens
-    while at < last:
-        fate = fates.fate(0, keys[at])
-        if fate == UNKNOWN:
-            if lookup.no_boundary and not found.runs:
-                found.add("no_boundary", (at + 1) * block_tokens)
-                at += 1
-                continue
-            return
-        stop = _same_until(fates, keys, at, last, fate)
-        reason = OF_FATE.get(fate, "tier_error")
-        more: dict[str, object] = {"tier": "disk"} if fate in ("demoted", "tier_off") else {}
-        if fate == "evicted":
-            more = _told(gone.find(keys[at]), prompt.salt)
-        found.add(reason, stop * block_tokens, **more)
-        at = stop
-
-
-def _same_until(fates: Fates, keys: list[bytes], first: int, last: int, fate: str) -> int:
+def _same_until(fates: Fates, keys: Sequence[bytes], first: int, last: int, fate: str) -> int:
     """The end of the blocks from `first` on that have this fate: by doubling, then by halving."""
     low, step = first + 1, 1
     while low < last and fates.fate(0, keys[min(last, low + step) - 1]) == fate:
@@ -195,9 +206,7 @@ def _same_until(fates: Fates, keys: list[bytes], first: int, last: int, fate: st
     return low
 
 
-def _told(departure: Departure | None, salt: bytes) -> dict[str, object]:
-    if departure is None:
-        return {}
+def _told(departure: Departure, salt: bytes) -> dict[str, object]:
     more: dict[str, object] = {"tier": departure.tier, "policy": departure.policy}
     if departure.salt == salt:  # I11
         more |= {"at_s": departure.at_s, "for_request": departure.request_id}

@@ -1,0 +1,82 @@
+"""Work that is done behind another thread: in order, soon, and never in its way.
+
+Jobs are handed in by one thread, cheaply. They run on a thread of their own once `wake` was called,
+or at once in the thread that calls `finish`, whoever is first: in the order in which they came, one
+at a time. The queue has a bound; what is beyond it is not done at all (I7, I9).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["Behind"]
+
+MOST = 4096
+
+Job = Callable[[], None]
+
+
+class Behind:
+    """See the module. `failed` is told of a job that raised; the next ones run all the same."""
+
+    def __init__(self, name: str, failed: Callable[[Exception], None]) -> None:
+        self._name = name
+        self._failed = failed
+        self._jobs: deque[Job] = deque()
+        self._lock = threading.Lock()  # held while a job is taken and done: that is their order
+        self._woken = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def add(self, job: Job) -> bool:
+        """Hands in a job; False where too many wait."""
+        if len(self._jobs) >= MOST or self._closed:
+            return False
+        self._jobs.append(job)
+        return True
+
+    def wake(self) -> None:
+        """The thread may begin: costs nothing where there is no job."""
+        if not self._jobs or self._closed:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._woken.set()
+
+    def finish(self) -> None:
+        """Returns when all jobs are done."""
+        while self._jobs:
+            self._one()
+        with self._lock:  # the last one may be the thread's, and under way
+            pass
+
+    def close(self) -> None:
+        """Ends the thread; jobs that wait are not done."""
+        self._closed = True
+        self._jobs.clear()
+        if self._thread is not None:
+            self._woken.set()
+            self._thread.join(5.0)
+            self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            self._woken.wait()
+            self._woken.clear()
+            if self._closed:
+                return
+            while self._jobs:
+                self._one()
+
+    def _one(self) -> None:
+        with self._lock:
+            if not self._jobs:
+                return
+            job = self._jobs.popleft()
+            try:
+                job()
+            except Exception as error:  # I9: the top of a thread; a reason is not worth a request
+                self._failed(error)
