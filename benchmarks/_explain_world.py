@@ -216,9 +216,7 @@ class World:
             before(stored)
         outline = b""
         if self.outlines:
-            made = Outline.make(
-                epoch=talk.epoch, system=talk.system, tools=talk.tools, spans=spans
-            )
+            made = Outline.make(epoch=talk.epoch, system=talk.system, tools=talk.tools, spans=spans)
             outline = made.packed
         prompt = Prompt(
             request_id, session, salted, adapter.encode(), self.weights, b"", keys, ids, len(ids),

@@ -21,6 +21,15 @@ def xxh3_64(buffer: Buffer, *, cpu_path: str = "auto") -> int:
     XXH3-64, seed 0, of the buffer's bytes. Releases the GIL for long buffers.
     """
 
+def pack_tokens(tokens: list[int] | numpy.typing.NDArray[numpy.int32], start: int = 0) -> bytes:
+    """
+    tokens[start:] as int32, 4 bytes each, in the machine's byte order.
+
+    Raises:
+        TypeError: a token is no int.
+        ValueError: a token is outside 0..2^31-1, or start outside 0..len(tokens).
+    """
+
 class BlockHasher:
     """
     The engine's block keys; kvmem.hashing.BlockHasher takes a seed.
@@ -179,6 +188,11 @@ class HostTier:
     def evict(self, n: int) -> numpy.typing.NDArray[numpy.int32]:
         """
         Evicts up to n blocks, as `reserve` does where it must; whose slots they were.
+        """
+
+    def take_evicted(self) -> bytes:
+        """
+        The keys of blocks evicted since this was asked last, 32 bytes each; of very many the first 4,096.
         """
 
     def reserve(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], start: int, stop: int) -> tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.uint64], str]:

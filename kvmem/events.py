@@ -64,7 +64,7 @@ class Evicted(Event, frozen=True, kw_only=True, tag="evicted"):
 
 
 class Missed(Event, frozen=True, kw_only=True, tag="missed"):
-    """Tokens [first, first + tokens) of a request's prompt were computed, and why (docs/explain.md).
+    """Tokens [first, first + tokens) of a prompt were computed, and why (docs/explain.md).
 
     Told when the request is over; once more under another reason where that was found out later.
     `ms` is an estimate. `message` counts from 0 behind the head.

@@ -1,5 +1,5 @@
-"""The kvmem command: `demo`, `serve`, `gateway`, `stats`, `switch`, `quarantine`, `verify`, `lint`,
-`replay`.
+"""The kvmem command: `demo`, `serve`, `gateway`, `stats`, `explain`, `switch`, `quarantine`,
+`verify`, `lint`, `replay`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -24,6 +24,7 @@ __all__ = ["app", "main"]
 
 NO_ENGINE = 1
 NOT_SOUND = 1
+NOT_KNOWN = 1
 DISK_PATH = Path(config.Config().disk_path)
 OUTPUTS_DIFFER = 1
 BAD_INPUT = 2
@@ -47,6 +48,7 @@ bit, when a prompt begins the same way.
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
   kvmem gateway           text histories of any client become exact tokens, before an engine
   kvmem stats --watch     what the running engines reuse, live
+  kvmem explain           why prompts had to be computed, in a running engine
   kvmem switch            its loads and stores off and on, in a running engine
   kvmem quarantine        blocks that failed a check in a running engine, and what is left of them
   kvmem verify            look through what is on the disk, every byte
@@ -297,6 +299,37 @@ def switch(
         set_switch(switching.only(found), loads=_is_on(loads), stores=_is_on(stores))
     for line in switching.lines(found):
         typer.echo(line)
+
+
+@app.command()
+def explain(
+    who: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[REQUEST_ID|SESSION]", help="One of the last requests, or its session."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for machines.")] = False,
+    arena: Annotated[
+        str | None, typer.Option(help="Which engine, where several run: the name of its arena.")
+    ] = None,
+) -> None:
+    """Say why prompts had to be computed: of one request, of a session, or the dearest causes.
+
+    Without an argument, the ten causes that cost most in the last hour, and what to do. An engine
+    tells of its last requests, 32 at most. No text of a prompt is shown. Exit code 1 when no engine
+    is running, or none knows of that request or session.
+    """
+    from kvmem.cli.explaining import show
+
+    found = show(arena, who, as_json=as_json)
+    if found is None:
+        _no_engine()
+    if not found:
+        typer.echo(
+            f"kvmem: no engine tells of {who!r}; they know of their last requests.", err=True
+        )
+        raise typer.Exit(NOT_KNOWN)
 
 
 @app.command()

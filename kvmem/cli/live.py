@@ -16,6 +16,8 @@ from rich.live import Live
 from rich.table import Table
 
 from kvmem.errors import ArenaError
+from kvmem.explain.misses.explainer import Explained
+from kvmem.explain.misses.sums import Cause
 from kvmem.store import Arena, Switch, list_live, read_switch
 from kvmem.types import Quarantine
 
@@ -98,6 +100,8 @@ class Page(msgspec.Struct, frozen=True):
     disk: Disk | None = None
     scrub: Scrub | None = None
     quarantine: tuple[Quarantine, ...] = ()
+    explained: tuple[Explained, ...] = ()
+    causes: tuple[Cause, ...] = ()
     last_failure: str | None = None
     allowed: Switch = Switch()
     arena: str = ""

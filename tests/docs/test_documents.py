@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmem.explain.lint.readers import FORMATS
-from tests.docs import blocks, models_table, rules_table, settings_table
+from tests.docs import blocks, models_table, reasons_table, rules_table, settings_table
 
 ROOT = blocks.ROOT
 MADE = {"kvmem/_core.abi3.so"}  # by `make setup`, so not in the repository
@@ -93,6 +93,18 @@ def test_models_table_is_what_the_engine_matrix_expects() -> None:
 def test_rules_table_is_the_catalogue_of_the_linter() -> None:
     page = rules_table.PAGE.read_text()
     assert rules_table.in_page(page) == rules_table.table(), "`make golden` writes it anew"
+
+
+def test_reasons_table_is_the_catalogue_of_the_explainer() -> None:
+    page = reasons_table.PAGE.read_text()
+    assert reasons_table.in_page(page) == reasons_table.table(), "`make golden` writes it anew"
+
+
+def test_every_field_of_a_run_is_on_the_explainers_page() -> None:
+    from kvmem.explain.misses.runs import Run
+
+    page = reasons_table.PAGE.read_text()
+    assert [name for name in Run.__struct_fields__ if f"`{name}`" not in page] == ["reason"]
 
 
 def test_every_form_of_log_is_on_the_linters_page() -> None:

@@ -56,7 +56,7 @@ class Misses:
             namer=Namer(self._decoder, lambda error: half.failed("explain", error)),
             policy=half.config.eviction,
         )
-        self._behind = Behind("kvmem-explain", self._job_failed)
+        self._behind = Behind("kvmem-explain", lambda error: self._failed("behind", error))
         half.cache.on_evicted = self._evicted
 
     def _decoder(self) -> Callable[[Sequence[int]], str] | None:
@@ -74,14 +74,13 @@ class Misses:
     def _safely(self, what: str, do: Callable[[], Any]) -> Any:
         try:
             return do()
-        except Exception as error:  # I9: a reason is not worth a request
-            log.exception("kvmem: %s failed; a request has no reasons", what)
-            self._half.failed("explain", f"{what}: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 a door: as above (I9)
+            self._failed(what, error)
             return None
 
-    def _job_failed(self, error: Exception) -> None:
-        log.warning("kvmem: a request has no reasons: %s", error, exc_info=error)
-        self._half.failed("explain", f"{type(error).__name__}: {error}")
+    def _failed(self, what: str, error: Exception) -> None:
+        log.warning("kvmem: %s failed: a request has no reasons", what, exc_info=error)
+        self._half.failed("explain", f"{what}: {type(error).__name__}: {error}")
 
     # -- a request's way ---------------------------------------------------------------------
 
@@ -91,7 +90,10 @@ class Misses:
         """What is missing of a request that has not begun, asked as often as the engine asks."""
         if seen.request.num_output_tokens or getattr(seen.request, "num_preemptions", 0):
             return  # what it was answered with stands in its first case
-        self._safely("look", lambda: self._look(seen, start, stop, reach, off, missing))
+        try:
+            self._look(seen, start, stop, reach, off, missing)
+        except Exception as error:  # noqa: BLE001 a door: it costs a reason (I9)
+            self._failed("look", error)
 
     def _look(
         self, seen: Seen, start: int, stop: int, reach: int, off: str | None, missing: str
@@ -107,10 +109,13 @@ class Misses:
             seen,
             Lookup(start, stop, reach, blocked, off or "", here, missing == "no_boundary"),
             before,
+            # The host's own word, which nobody has to ask again where there is nothing below it.
+            new=missing == "new" and not self._half.cache.has_disk,
         )
 
-    def _take(self, seen: Seen, lookup: Lookup, before: Case | None) -> None:
-        seen.case = case = self.explainer.known(lookup, seen.keys.of(0))
+    def _take(self, seen: Seen, lookup: Lookup, before: Case | None, *, new: bool = False) -> None:
+        keys = () if new else seen.keys.of(0)
+        seen.case = case = self.explainer.known(lookup, keys)
         weights, content = self._half.live.epoch, seen.adapter
 
         def look() -> None:
@@ -143,7 +148,11 @@ class Misses:
 
     def finished(self, seen: Seen) -> list[dict[str, Any]] | None:
         """The runs of a request that is over, for its receipt."""
-        return None if seen.case is None else self._safely("end", lambda: self._end(seen))
+        try:
+            return self._end(seen)
+        except Exception as error:  # noqa: BLE001 a door: as above (I9)
+            self._failed("end", error)
+            return None
 
     def _end(self, seen: Seen) -> list[dict[str, Any]] | None:
         case = seen.case

@@ -61,7 +61,8 @@ class Case:
 
     def named(self) -> list[Run]:
         """The runs as they are known by now."""
-        return [_named(run, self.broken) for run in self.runs or ()]
+        runs = self.runs or []
+        return [_named(run, self.broken) for run in runs] if self.broken is not None else runs
 
 
 class Explainer:
@@ -104,6 +105,8 @@ class Explainer:
 
     def known(self, lookup: Lookup, keys: Sequence[bytes]) -> Case:
         """A case for what is missing beyond `lookup`; `keys` are those that kvmem has it under."""
+        if not keys:
+            return Case(lookup, ())
         first = max(lookup.stop, lookup.here) // self._block_tokens
         last = lookup.reach // self._block_tokens
         found = known_of(

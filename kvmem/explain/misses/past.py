@@ -1,9 +1,9 @@
 """The prompts of before, so that a prompt that misses can be told from what it was meant to extend.
 
-Of each are kept its keys, packed, its token ids, packed, and little else. A named session has its
-last few; others are found by the prefix that they share, at a few depths, or by what their last
-message was. Everything is within one salt: nothing is compared across salts (I11). Of a session's
-name only is known that it came with another salt.
+Of each are kept its keys, packed, and little else; of the last ones their token ids too. A named
+session has its last few; others are found by the prefix that they share, at a few depths, or by
+what their last message was. Everything is within one salt: nothing is compared across salts (I11).
+Of a session's name only is known that it came with another salt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from kvmem._core import pack_tokens
 __all__ = ["Past", "Pasts", "Prompt", "common_blocks", "first_difference"]
 
 MOST = 4096
-BUDGET_BYTES = 64 << 20  # of keys and tokens; with 16 tokens a block that is 700,000 blocks
+KEYS_BYTES = 32 << 20  # of all: a million blocks
+TOKENS_BYTES = 16 << 20  # of the last ones: four million ids
 BRANCHES = 4  # of a session: its agents take turns
 DEPTHS = (1, 4, 16, 64, 256, 1024, 4096)  # blocks
 TRIED = 16  # prompts that are asked whether they go on in one that shares nothing
@@ -78,21 +79,25 @@ class Past:
         """Whole blocks that it had computed."""
         return len(self.keys) // KEY
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of keys and tokens."""
-        return len(self.keys) + len(self.tokens)
-
 
 class Pasts:
-    """See the module. One thread calls it. `held_bytes` is what it has of its budget (I7)."""
+    """See the module. One thread calls it. `keys_bytes` and `tokens_bytes` are what it has of its
+    budgets (I7).
+    """
 
     def __init__(
-        self, block_tokens: int, *, most: int = MOST, budget_bytes: int = BUDGET_BYTES
+        self,
+        block_tokens: int,
+        *,
+        most: int = MOST,
+        most_keys_bytes: int = KEYS_BYTES,
+        most_tokens_bytes: int = TOKENS_BYTES,
     ) -> None:
         self.block_tokens = block_tokens
-        self.held_bytes = 0
-        self._most, self._budget = most, budget_bytes
+        self.keys_bytes = self.tokens_bytes = 0
+        self._most = most
+        self._most_keys, self._most_tokens = most_keys_bytes, most_tokens_bytes
+        self._with_tokens: OrderedDict[int, Past] = OrderedDict()
         self._all: OrderedDict[int, Past] = OrderedDict()  # by id(); least lately used first
         self._named: dict[tuple[bytes, str], list[Past]] = {}
         self._by_mark: dict[int, Past] = {}
@@ -190,21 +195,34 @@ class Pasts:
         n_blocks = min(len(prompt.keys), n_computed // self.block_tokens)
         if past is None or shared < past.n_blocks or id(past) not in self._all:
             past, shared = self._new(prompt), 0
-        self.held_bytes -= past.held_bytes
+        self._count(past, -1)
         past.take(prompt)
         past.store_off = store_off
         del past.keys[shared * KEY :]
         past.keys += b"".join(prompt.keys[shared:n_blocks])
         if prompt.tokens is not None:
-            shared = min(shared, len(past.tokens) // (TOKEN * self.block_tokens))
+            shared = min(shared, len(past.tokens) // (TOKEN * self.block_tokens))  # or were let go
             del past.tokens[TOKEN * shared * self.block_tokens :]
             past.tokens += pack_tokens(prompt.tokens, shared * self.block_tokens)
             past.tokens += pack_tokens(reply)
-        self.held_bytes += past.held_bytes
+            self._with_tokens[id(past)] = past
+            self._with_tokens.move_to_end(id(past))
+        self._count(past, 1)
         self._mark(past)
         self._all.move_to_end(id(past))
+        self._make_room()
+
+    def _count(self, past: Past, times: int) -> None:
+        self.keys_bytes += times * len(past.keys)
+        self.tokens_bytes += times * len(past.tokens)
+
+    def _make_room(self) -> None:
+        while self.tokens_bytes > self._most_tokens and self._with_tokens:
+            _, oldest = self._with_tokens.popitem(last=False)
+            self.tokens_bytes -= len(oldest.tokens)
+            oldest.tokens = bytearray()
         while len(self._all) > self._most or (
-            self.held_bytes > self._budget and len(self._all) > 1
+            self.keys_bytes > self._most_keys and len(self._all) > 1
         ):
             self._forget(next(iter(self._all.values())))
 
@@ -243,7 +261,8 @@ class Pasts:
 
     def _forget(self, past: Past) -> None:
         del self._all[id(past)]
-        self.held_bytes -= past.held_bytes
+        self._with_tokens.pop(id(past), None)
+        self._count(past, -1)
         for mark in past.marks:
             if self._by_mark.get(mark) is past:
                 del self._by_mark[mark]

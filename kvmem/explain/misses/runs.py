@@ -1,11 +1,11 @@
 """From a lookup to reasons: a prompt's tokens that were not found, in runs of one reason each.
 
-    [0, stop)        found
-    [stop, known)    somebody computed these blocks: the tiers say what became of each
-    [known, shared)  the earlier prompt computed them: other weights, or they were not kept
-    [shared, old)    the earlier prompt had others here: what changed
-    [old, reach)     nobody had these before
-    [reach, n)       less than a block, or the last token
+[0, stop)        found
+[stop, known)    somebody computed these blocks: the tiers say what became of each
+[known, shared)  the earlier prompt computed them: other weights, or they were not kept
+[shared, old)    the earlier prompt had others here: what changed
+[old, reach)     nobody had these before
+[reach, n)       less than a block, or the last token
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Fates(Protocol):
     """Who knows what became of a block."""
 
     def fate(self, group: int, key: bytes) -> str:
-        """"unknown", or a key of `OF_FATE`."""
+        """ "unknown", or a key of `OF_FATE`."""
 
 
 class Lookup(msgspec.Struct, frozen=True):
