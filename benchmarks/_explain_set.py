@@ -110,7 +110,9 @@ def _first_turn(scene: Scene) -> Any:
 
 
 def _goes_on(scene: Scene) -> Any:
-    return _twice(scene, scene.next)
+    last = len(scene.next.messages) - 1
+    more = scene.talk.messages[last].content + " And say, step by step, what else there is to do."
+    return _twice(scene, scene.next.edited(last, content=more))
 
 
 def _another(scene: Scene) -> Any:
@@ -133,6 +135,27 @@ def _word(scene: Scene) -> Any:
     words = scene.talk.messages[at].content.split(" ")
     words[len(words) // 2] = "otherwise"
     return _twice(scene, scene.next.edited(at, content=" ".join(words)))
+
+
+def _rewritten(scene: Scene) -> Any:
+    changed = f"In other words: {scene.answer.content}"
+    return _twice(scene, scene.next.edited(scene.at, content=changed))
+
+
+def _inserted(scene: Scene) -> Any:
+    reminder = Message("user", "A reminder that nobody had sent before.")
+    messages = scene.next.messages
+    return _twice(scene, scene.next.but(messages=(messages[0], reminder, *messages[1:])))
+
+
+def _cleared_result(scene: Scene) -> Any:
+    asked = scene.talk.edited(0, role="tool", content="A long result. " * 40)
+    world = scene.world()
+    world.serve(asked.but(messages=asked.messages[: scene.at]), scene.answer, session=scene.session)
+    after = asked.edited(0, content="[cleared]").but(epoch=1)
+    return world, world.serve(
+        after.but(messages=after.messages[: scene.at + 2]), session=scene.session
+    )
 
 
 def _tools_reordered(scene: Scene) -> Any:
@@ -333,6 +356,9 @@ CASES: dict[str, tuple[str, Case, tuple[str, ...]]] = {
     "another conversation": ("first_time", _another, ROUTES),
     "message edited": ("input_changed", _edit, ROUTES),
     "word edited": ("input_changed", _word, ROUTES),
+    "reply rewritten": ("input_changed", _rewritten, ROUTES),
+    "message inserted": ("input_changed", _inserted, ROUTES),
+    "tool result cleared": ("context_compacted", _cleared_result, ROUTES),
     "tools reordered": ("tools_changed", _tools_reordered, ROUTES),
     "tool added": ("tools_changed", _tool_added, ROUTES),
     "clock in the system prompt": ("system_changed", _clock, ROUTES),

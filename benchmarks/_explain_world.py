@@ -270,7 +270,7 @@ def conversations(folder: Path | None, *, most: int) -> Iterator[Conversation]:
         for at, agent in enumerate(_corpus.generated(agents=most, turns=6, seed=7, size=0.2)):
             yield _with_tools(agent.turns[-1], at)
         return
-    for source in ("tau_airline", "bfcl_multi_turn", "lmc_miniswe"):
+    for source in ("tau_airline", "bfcl_multi_turn"):
         for at, agent in enumerate(_corpus.recorded(folder, source, most=most)):
             talk = _with_tools(max(agent.turns, key=len), at)
             if len(talk.messages) >= 6:

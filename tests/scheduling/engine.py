@@ -23,6 +23,7 @@ import numpy as np
 
 from kvmem._core import xxh3_64
 from kvmem.engines.vllm.keys import Chains
+from kvmem.explain.misses.reasons import NAMES
 from kvmem.store.layout import DATA_ALIGN, DESCRIPTOR_BYTES, SLOT_ALIGN, slots_within
 from tests.scheduling.core import core_of
 from tests.scheduling.forward import (
@@ -296,6 +297,7 @@ class Engine:
         *,
         kvmem: dict[str, bool] | None = None,
         salt: str | None = None,
+        session: str | None = None,
         stop: bool = False,
         skip_reading: bool | None = None,
     ) -> str:
@@ -320,6 +322,7 @@ class Engine:
             pooling_params=None,
             cache_salt=salt,
             block_hasher=self._hasher,
+            **({"session_id": session} if session is not None else {}),
         )
         i = request.request_id
         self.turns[i] = Turn(
@@ -482,6 +485,18 @@ class Engine:
         assert told["prompt"] == here + told["computed"], told
         start = self.forward.first_start[request_id]
         assert here == start, (told, start)
+        self._check_misses(turn)
+
+    def _check_misses(self, turn: Turn) -> None:
+        """Every token that was computed has one reason."""
+        told, runs = turn.receipt["tokens"], turn.receipt["misses"]
+        at = told["prompt"] - told["computed"]
+        for run in runs:
+            assert run["reason"] in NAMES
+            assert run["first"] == at, (told, runs)
+            assert run["tokens"] > 0
+            at += run["tokens"]
+        assert at == told["prompt"], (told, runs)
 
     def _note_contents(self) -> None:
         """What the blocks of all requests stand for."""

@@ -110,7 +110,7 @@ class Misses:
             Lookup(start, stop, reach, blocked, off or "", here, missing == "no_boundary"),
             before,
             # The host's own word, which nobody has to ask again where there is nothing below it.
-            new=missing == "new" and not self._half.cache.has_disk,
+            new=missing == "new" and self.explainer.gone.is_empty and not self._half.cache.has_disk,
         )
 
     def _take(self, seen: Seen, lookup: Lookup, before: Case | None, *, new: bool = False) -> None:
@@ -200,6 +200,7 @@ class Misses:
         seen = self._half.seen(request_id)
         salt = _digest(getattr(seen.request, "cache_salt", None)) if seen is not None else b"?"
         self.explainer.evicted(keys, tier, request_id, salt)
+        self._behind.add(self.explainer.gone.sort_in)
 
     # -- for others --------------------------------------------------------------------------
 

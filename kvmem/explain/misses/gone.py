@@ -1,7 +1,8 @@
 """Blocks that left: when, from which tier, by which order, and to make room for whom.
 
-That a block was evicted is the index's word, never this one's: what is remembered here only says
-more about it, as long as there is room (I7).
+The tiers say what became of a block, as long as they remember; this says more about it, and longer,
+as long as there is room (I7). Keys are told apart by 64 of their bits: a wrong one is a wrong word
+in an explanation, never a wrong block (I1).
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ class Departure(msgspec.Struct, frozen=True, gc=False):
 
 
 class Gone:
-    """The last departures by key. They are sorted in when somebody asks."""
+    """The last departures by key.
+
+    Thread safety: one thread adds and finds; `sort_in`, the costly half, may run in another beside
+    it, since each of its steps is one operation of a dict or a deque.
+    """
 
     def __init__(self, most: int = MOST_KEYS) -> None:
         self._most = most
@@ -37,25 +42,38 @@ class Gone:
         self._new: deque[tuple[bytes, Departure]] = deque(maxlen=MOST_NEW)
 
     def __len__(self) -> int:
-        self._sort_in()
+        self.sort_in()
         return len(self._by_key)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing ever left."""
+        return not self._by_key and not self._new
 
     def add(self, keys: bytes, departure: Departure) -> None:
         """Blocks left; 32 bytes a key."""
         self._new.append((keys, departure))
 
-    def _sort_in(self) -> None:
+    def sort_in(self) -> None:
+        """Makes what was added be found quickly."""
         while self._new:
-            keys, departure = self._new.popleft()
+            try:
+                keys, departure = self._new.popleft()
+            except IndexError:  # the other thread has it
+                break
             for at in range(0, len(keys), KEY):
                 mark = int.from_bytes(keys[at : at + 8], "little")
                 if mark not in self._by_key:
                     self._order.append(mark)
                 self._by_key[mark] = departure
-        while len(self._order) > self._most:
-            self._by_key.pop(self._order.popleft(), None)
+        while len(self._by_key) > self._most:
+            try:
+                self._by_key.pop(self._order.popleft(), None)
+            except IndexError:
+                break
 
     def find(self, key: bytes) -> Departure | None:
         """How the block with this key left last, if that is remembered."""
-        self._sort_in()
+        if self._new:
+            self.sort_in()
         return self._by_key.get(int.from_bytes(key[:8], "little"))

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -139,15 +139,22 @@ def known_of(
     """
     known: list[Known] = []
     at, last = first, min(last, len(keys))
+
+    def fate_of(block: int) -> str:
+        fate = fates.fate(0, keys[block])
+        if fate == UNKNOWN and gone.find(keys[block]) is not None:
+            return "evicted"  # so long ago that the tier has forgotten it
+        return fate
+
     while at < last:
-        fate = fates.fate(0, keys[at])
+        fate = fate_of(at)
         if fate == UNKNOWN:
             if no_boundary and not known:
                 known.append(Known("no_boundary", at + 1))
                 at += 1
                 continue
             break
-        stop = _same_until(fates, keys, at, last, fate)
+        stop = _same_until(fate_of, at, last, fate)
         tier = "disk" if fate in ("demoted", "tier_off") else ""
         departure = gone.find(keys[at]) if fate == "evicted" else None
         known.append(Known(OF_FATE.get(fate, "tier_error"), stop, tier, departure))
@@ -191,15 +198,15 @@ def runs_of(
     return found.runs
 
 
-def _same_until(fates: Fates, keys: Sequence[bytes], first: int, last: int, fate: str) -> int:
+def _same_until(fate_of: Callable[[int], str], first: int, last: int, fate: str) -> int:
     """The end of the blocks from `first` on that have this fate: by doubling, then by halving."""
     low, step = first + 1, 1
-    while low < last and fates.fate(0, keys[min(last, low + step) - 1]) == fate:
+    while low < last and fate_of(min(last, low + step) - 1) == fate:
         low, step = min(last, low + step), step * 2
     high = min(last, low + step)  # [first, low) have it, block `high` - 1 has not, or is the last
     while low < high:
         middle = (low + high) // 2
-        if fates.fate(0, keys[middle]) == fate:
+        if fate_of(middle) == fate:
             low = middle + 1
         else:
             high = middle
