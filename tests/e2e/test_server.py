@@ -94,6 +94,25 @@ def test_a_request_can_leave_kvmem_out(server: Server) -> None:
     assert told["blocks_stored"] == 0
 
 
+def test_a_running_engine_explains_its_requests(server: Server, arena: str) -> None:
+    first = prompt(640, 21)
+    complete(server, first)
+    changed = [*first[:100], first[100] + 1, *first[101:]]
+    answer = complete(server, changed)
+    told = answer.kv_transfer_params["kvmem"]["misses"]
+    assert told[0]["reason"] == "input_changed"
+    assert (told[0]["first"], told[0]["token"]) == (96, 100)
+    assert told[0]["ms"] > 0
+
+    def explain(*arguments: str) -> Any:
+        command = [*KVMEM, "explain", *arguments, "--json", "--arena", arena]
+        return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+    (one,) = explain(answer.id)
+    assert [run["reason"] for run in one["runs"]] == [run["reason"] for run in told]
+    assert "input_changed" in [cause["reason"] for cause in explain()]
+
+
 def test_stats_are_of_the_running_engine(server: Server, arena: str) -> None:
     before = stats(arena)["counters"]
     complete(server, prompt(320, 10))
