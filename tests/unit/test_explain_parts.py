@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvmem._core import HostTier, pack_tokens
 from kvmem.explain.misses.behind import MOST, Behind
 from kvmem.explain.misses.gone import Departure, Gone
-from kvmem.explain.misses.naming import Broken, Namer
+from kvmem.explain.misses.naming import Broken, Namer, name
 from kvmem.explain.misses.outline import Outline, OutlineSpan, compare, digests_of
 from kvmem.explain.misses.past import Pasts, Prompt, common_blocks, first_difference
 from kvmem.explain.misses.reasons import NAMES, REASONS, fix_of
@@ -349,6 +349,19 @@ def test_jobs_have_a_bound() -> None:
 
 def broken() -> Broken:
     return Broken(pack_tokens([1, 2]), pack_tokens([1, 3]), 1, 2, meant=True)
+
+
+@pytest.mark.parametrize(("meant", "reason"), [(True, "input_changed"), (False, "input_changed")])
+def test_a_change_in_plain_text_is_a_change(meant: bool, reason: str) -> None:
+    one = Broken(pack_tokens([1, 2]), pack_tokens([1, 3]), 1, 2, meant=meant)
+    assert name(one, lambda ids: "".join("abcd"[i] for i in ids)).reason == reason
+
+
+def test_two_chats_that_share_their_head_only_are_two() -> None:
+    texts = ["<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n", "U", "V", "<|im_end|>\n"]
+    for meant, reason in ((False, "first_time"), (True, "input_changed")):
+        one = Broken(pack_tokens([0, 1, 3]), pack_tokens([0, 2, 3]), 1, 3, meant=meant)
+        assert name(one, lambda ids: "".join(texts[i] for i in ids)).reason == reason
 
 
 def test_a_tokenizer_that_fails_costs_a_name() -> None:

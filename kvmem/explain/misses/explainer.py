@@ -25,7 +25,7 @@ from kvmem._core import pack_tokens
 from kvmem.explain.misses.gone import Departure, Gone
 from kvmem.explain.misses.naming import Broken, Namer
 from kvmem.explain.misses.outline import Outline, compare
-from kvmem.explain.misses.past import Past, Pasts, Prompt, first_difference
+from kvmem.explain.misses.past import Past, Pasts, Prompt, first_difference, goes_on
 from kvmem.explain.misses.runs import Fates, Known, Lookup, Run, known_of, runs_of
 from kvmem.explain.misses.sums import Cause, Pace, Sums
 
@@ -161,9 +161,8 @@ class Explainer:
         elif before is not None and before.broken is not None and before.past is past:
             case.broken = before.broken
         elif self._namer is not None and token is not None:
-            case.broken = Broken(
-                bytes(past.tokens), packed, token, past.n_prompt, meant=bool(prompt.session)
-            )
+            meant = bool(prompt.session) or goes_on(past, packed)
+            case.broken = Broken(bytes(past.tokens), packed, token, past.n_prompt, meant=meant)
             self._namer.submit(case.broken)
         return runs
 

@@ -54,7 +54,8 @@ class Named(msgspec.Struct, frozen=True):
 class Broken:
     """A prompt, the one before it with its reply, and the first token that differs.
 
-    `meant`: the one is known to go on from the other, since both name their session.
+    `meant`: the one is known to go on from the other, since both name their session, or the last
+    message of the one stands in the other.
     """
 
     __slots__ = ("done", "meant", "n_sent", "new", "old", "token", "verdict")
@@ -176,7 +177,7 @@ def name(broken: Broken, decode: Decode) -> Named:
 def _share_messages(before: list[Part], now: list[Part]) -> bool:
     """Whether two prompts of unknown sessions are one conversation, and not two with one head."""
     had = {part.identity for part in before if part.kind == "message"}
-    return any(part.identity in had for part in now if part.kind == "message")
+    return not had or any(part.identity in had for part in now if part.kind == "message")
 
 
 def _is_shorter(before: list[Part], now: list[Part], at: int) -> bool:

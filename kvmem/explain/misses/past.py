@@ -15,7 +15,7 @@ import msgspec
 
 from kvmem._core import pack_tokens
 
-__all__ = ["Past", "Pasts", "Prompt", "common_blocks", "first_difference"]
+__all__ = ["Past", "Pasts", "Prompt", "common_blocks", "first_difference", "goes_on"]
 
 MOST = 4096
 KEYS_BYTES = 32 << 20  # of all: a million blocks
@@ -150,7 +150,7 @@ class Pasts:
             if past.session or past.salt != prompt.salt:
                 continue
             packed = packed or pack_tokens(prompt.tokens)
-            if _goes_on(past, packed):
+            if goes_on(past, packed):
                 return past, common_blocks(past.keys, prompt.keys)
             tried += 1
             if tried == TRIED:
@@ -158,7 +158,7 @@ class Pasts:
         return None, 0
 
     def _goes_on(self, past: Past, prompt: Prompt) -> bool:
-        return prompt.tokens is not None and _goes_on(past, pack_tokens(prompt.tokens))
+        return prompt.tokens is not None and goes_on(past, pack_tokens(prompt.tokens))
 
     def _begins_alike(self, past: Past, prompt: Prompt) -> bool:
         n = TOKEN * self.block_tokens
@@ -279,7 +279,7 @@ def _mark(key: bytes | bytearray) -> int:
     return int.from_bytes(key[:8], "little")
 
 
-def _goes_on(past: Past, packed: bytes) -> bool:
+def goes_on(past: Past, packed: bytes) -> bool:
     """Whether the end of a past prompt's last message stands in a prompt."""
     end = TOKEN * max(0, past.n_prompt - TAIL)
     needle = bytes(past.tokens[max(0, end - TOKEN * NEEDLE) : end])
