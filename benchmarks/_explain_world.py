@@ -232,10 +232,12 @@ class World:
             self._store(request_id, self.stored_keys(list(prompt.keys))[: n_computed // BLOCK])
         self.cache.release(request_id)
         self.namer.join()
-        runs = self.explainer.end(
+        record = self.explainer.over(case)
+        assert record is not None
+        self.explainer.end(
             case, reply=reply, n_computed=n_computed, store_off=None if store else "request"
         )
-        return Served(runs, stored, ids)
+        return Served(list(record.explained.runs), stored, ids)
 
     def _lookup(self, prompt: Prompt, stored: list[bytes], *, load: bool) -> Lookup:
         reach = min(prompt.n_tokens - 1, len(stored) * BLOCK)

@@ -36,7 +36,7 @@ __all__ = ["accuracy", "bytes_per_session", "cost"]
 BLOCK = 16
 FIRST_TOKENS, TURN_TOKENS, REPLY_TOKENS = 4096, 400, 40
 BREAKS = 20  # one turn in so many
-TIMED = ("looked_up", "finished", "step", "_evicted")
+TIMED = ("looked_up", "finished", "step", "_evicted", "page")
 
 
 def accuracy(folder: Path | None, most: int) -> dict[str, float]:
@@ -143,6 +143,7 @@ def cost(agents: int, turns: int, *, named: bool) -> dict[str, float]:
             "us": clock.total_us() / n,
             "look_us": statistics.fmean(clock.us["looked_up"]) - clock.cost_us,
             "end_us": statistics.fmean(clock.us["finished"]) - clock.cost_us,
+            "page_us": sum(clock.us["page"]) / n,
             "behind_us": sum(clock.behind_us) / n,
             "p99_us": percentile(clock.us["looked_up"], 0.99),
             "looks": len(clock.us["looked_up"]) / n,

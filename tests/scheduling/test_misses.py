@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from kvmem import events
-from kvmem.engines.vllm.misses import PAGE_BYTES
+from kvmem.explain.misses.explainer import PAGE_BYTES
 from kvmem.explain.misses.outline import Outline, OutlineSpan
 from kvmem.store import set_switch
 from tests.scheduling.engine import Engine, InjectedError, running
@@ -183,7 +183,7 @@ def test_runs_go_out_as_events(engine: Engine) -> None:
     engine.half.bus.subscribe(told.append)
     i = engine.add(PROMPT)
     engine.drain()
-    engine.half.misses.page()
+    engine.half.misses.settle()
     missed = [one for one in told if isinstance(one, events.Missed)]
     assert [(one.request_id, one.reason, one.tokens) for one in missed] == [
         (i, "first_time", WHOLE * BLOCK), (i, "block_floor", REST),
@@ -193,6 +193,8 @@ def test_runs_go_out_as_events(engine: Engine) -> None:
 def test_the_page_has_the_last_requests_and_the_dearest_causes(engine: Engine) -> None:
     for seed in range(40):
         engine.generate(other(3 * BLOCK, seed % 5), session=f"s{seed}" + "x" * 200)
+    engine.half.misses.settle()
+    engine.half.misses.explainer._top = (0.0, [])
     raw = msgspec.msgpack.encode(engine.half.misses.page())
     assert len(raw) < PAGE_BYTES + 4000
     page = msgspec.msgpack.decode(raw)
@@ -221,7 +223,7 @@ def test_an_explainer_that_fails_costs_a_reason_and_no_request(engine: Engine, p
     for seed in range(10):
         turn = engine.generate(other(6 * BLOCK, seed))  # its answer is compared by the engine
         assert ("misses" in turn.receipt) is (part in ("end", "evicted"))
-    engine.half.misses.page()
+    engine.half.misses.settle()
     assert engine.half.page.failures > 0
     assert "explain" in (engine.half.page.last_failure or "")
     assert engine.half.totals.blocks_stored > 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ from kvmem.explain.misses.behind import Behind
 from kvmem.explain.misses.explainer import Case, Explainer
 from kvmem.explain.misses.naming import Namer
 from kvmem.explain.misses.past import Prompt
-from kvmem.explain.misses.reasons import fix_of
-from kvmem.explain.misses.runs import Lookup, Run
+from kvmem.explain.misses.runs import Lookup
+from kvmem.explain.misses.sums import LEAST_STEP
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -30,8 +31,6 @@ __all__ = ["Misses"]
 
 log = logging.getLogger("kvmem")
 
-PAGE_BYTES = 12_000  # of the page's room; what is told first is the newest
-WHO_CHARS = 96
 # How a load that failed is told.
 OF_FAULT = {True: "quarantined", False: "tier_error"}
 
@@ -168,14 +167,13 @@ class Misses:
             case = seen.case
         if case is None:
             return None
-        if case.runs is None:  # a short request, and the thread has not come to it
+        if case.record is None:  # a short request, and the thread has not come to it
             self._behind.finish()
-        if case.runs is None:
+        record = self.explainer.over(case)
+        if record is None:
             return None
-        ms = self.explainer.pace.s_per_token * 1e3
-        told = [_told(run, ms) for run in case.named()]
         self._behind.add(lambda: self._keep(seen, case))
-        return told
+        return record.told
 
     def _keep(self, seen: Seen, case: Case) -> None:
         request, prompt = seen.request, case.prompt
@@ -188,9 +186,11 @@ class Misses:
             store_off=seen.receipt.store_off,
         )
 
-    def step(self, n_tokens: int, now_s: float) -> None:
+    def step(self, n_tokens: int) -> None:
         """A step goes out: there is time for what waits, while the model computes."""
-        self.explainer.pace.step(n_tokens, now_s)
+        pace = self.explainer.pace
+        if n_tokens >= LEAST_STEP or pace.waits:
+            pace.step(n_tokens, time.monotonic())
         self._behind.wake()
 
     def _evicted(self, keys: bytes, tier: str, request_id: str) -> None:
@@ -209,31 +209,21 @@ class Misses:
         return self._safely("page", self._page) or {}
 
     def _page(self) -> dict[str, Any]:
+        told = [record.packed for record in self.explainer.recent]
+        head = (0xDC0000 | len(told)).to_bytes(3, "big")  # msgpack: an array, its length in 16 bits
+        return {
+            "explained": msgspec.Raw(head + b"".join(told)),
+            "causes": self.explainer.top(),
+        }
+
+    def settle(self) -> None:
+        """Returns when all that is known by now was told."""
         self._behind.finish()
-        self.explainer.settle()
-        told: list[msgspec.Raw] = []
-        room = PAGE_BYTES
-        for one in reversed(self.explainer.recent):
-            raw = msgspec.msgpack.encode(one)
-            room -= len(raw)
-            if room < 0:
-                break
-            told.append(msgspec.Raw(raw))
-        return {"explained": told[::-1], "causes": self.explainer.top()}
 
     def close(self) -> None:
         """Ends the threads."""
         self._safely("close", self._behind.close)
         self._safely("close", self.explainer.close)
-
-
-def _told(run: Run, ms: float) -> dict[str, Any]:
-    told: dict[str, Any] = msgspec.to_builtins(run)
-    told["ms"] = round(run.tokens * ms, 3)
-    fix = fix_of(run.reason)
-    if fix:
-        told["fix"] = fix
-    return told
 
 
 def _digest(text: str | None) -> bytes:

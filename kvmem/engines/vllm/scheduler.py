@@ -274,7 +274,7 @@ class SchedulerHalf:
 
     def orders(self, output: SchedulerOutput) -> Orders:
         """This step's copies: loads that were allocated, blocks that this step completes."""
-        self.misses.step(output.total_num_scheduled_tokens, time.monotonic())
+        self.misses.step(output.total_num_scheduled_tokens)
         orders = self.bare_orders(output)
         self.wait_for_disk(output)
         for request_id in orders.finished:

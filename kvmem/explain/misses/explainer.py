@@ -1,15 +1,16 @@
 """The reason for every missed run of blocks, as requests come and go.
 
-    known   what the tiers remember of missing blocks, at the moment of the look-up
-    look    the earlier prompt that this one was meant to extend, and the runs
-    end     the request is over: the events, the sums, and what later prompts are compared with
+    known    what the tiers remember of missing blocks, at the moment of the look-up
+    look     the earlier prompt that this one was meant to extend, and the runs
+    over     the request is over: its runs, for the receipt and the page
+    end      then the events, the sums, and what later prompts are compared with
 
-`known` and `evicted` are the scheduler's; the rest is done on a thread, behind it (`Behind`), since
-none of it is needed before a request ends. Hashes are compared, not tokens, and nothing is decoded:
-what a change of the prompt's text was is the `Namer`'s to find, only for prompts that broke; an
-outline, where the request brought one, says it at once. Nothing here is text.
+`look` and `end` are done on a thread behind the scheduler's (`Behind`), since nothing of `look` is
+needed before a request ends, and nothing of `end` at once. Hashes are compared, not tokens, and
+nothing is decoded: what a change of the prompt's text was is the `Namer`'s to find, for prompts that
+broke only; an outline, where the request brought one, says it at once. Nothing here is text.
 
-Thread safety: `known` and `evicted` are called by one thread, all else under one lock.
+Thread safety: one thread calls all but `look` and `end`, which are called one at a time, by any.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -26,17 +28,20 @@ from kvmem.explain.misses.gone import Departure, Gone
 from kvmem.explain.misses.naming import Broken, Namer
 from kvmem.explain.misses.outline import Outline, compare
 from kvmem.explain.misses.past import Past, Pasts, Prompt, first_difference, goes_on
+from kvmem.explain.misses.reasons import fix_of
 from kvmem.explain.misses.runs import Fates, Known, Lookup, Run, known_of, runs_of
 from kvmem.explain.misses.sums import Cause, Pace, Sums
 
-__all__ = ["Case", "Explained", "Explainer"]
+__all__ = ["Case", "Explained", "Explainer", "Record"]
 
 RECENT = 32
 ID_CHARS = 96
+PAGE_BYTES = 12_000  # of the page's room
+TOP_EVERY_S = 1.0
 
 
 class Explained(msgspec.Struct, frozen=True):
-    """A request that is over."""
+    """A request, as it was looked up `at_s`."""
 
     request_id: str
     session: str
@@ -45,10 +50,25 @@ class Explained(msgspec.Struct, frozen=True):
     runs: tuple[Run, ...]
 
 
-class Case:
-    """A request's look-up, and what came of it: `runs` once `look` has had it."""
+class Record:
+    """A request as the page has it, and its receipt; made anew where its break is named later."""
 
-    __slots__ = ("broken", "known", "lookup", "past", "prompt", "runs", "shared")
+    __slots__ = ("explained", "packed", "told")
+
+    def __init__(self, explained: Explained) -> None:
+        self.become(explained)
+
+    def become(self, explained: Explained) -> None:
+        """It is now this."""
+        self.told = [_told(run) for run in explained.runs]
+        self.packed = msgspec.msgpack.encode(explained)
+        self.explained = explained
+
+
+class Case:
+    """A request's look-up, and what came of it: `record` once `look` has had it."""
+
+    __slots__ = ("broken", "known", "lookup", "past", "prompt", "record", "shared")
 
     def __init__(self, lookup: Lookup, known: Sequence[Known]) -> None:
         self.lookup = lookup
@@ -57,12 +77,7 @@ class Case:
         self.past: Past | None = None
         self.shared = 0
         self.broken: Broken | None = None
-        self.runs: list[Run] | None = None
-
-    def named(self) -> list[Run]:
-        """The runs as they are known by now."""
-        runs = self.runs or []
-        return [_named(run, self.broken) for run in runs] if self.broken is not None else runs
+        self.record: Record | None = None
 
 
 class Explainer:
@@ -91,7 +106,9 @@ class Explainer:
         self.gone = Gone()
         self.pace = Pace()
         self.sums = Sums()
-        self.recent: deque[Explained] = deque(maxlen=RECENT)
+        self.recent: deque[Record] = deque()
+        self._recent_bytes = 0
+        self._top: tuple[float, list[Cause]] = (-TOP_EVERY_S, [])
         self._block_tokens = block_tokens
         self._fates = fates
         self._bus = bus
@@ -99,7 +116,7 @@ class Explainer:
         self._policy = policy
         self._clock = clock
         # Requests that are over, and whose break is yet to be named.
-        self._unnamed: OrderedDict[str, tuple[Broken, Run]] = OrderedDict()
+        self._unnamed: OrderedDict[int, tuple[Broken, Run, Record]] = OrderedDict()
 
     # -- the scheduler's ---------------------------------------------------------------------
 
@@ -135,7 +152,16 @@ class Explainer:
         case.prompt, case.past, case.shared = prompt, past, shared
         if past is not None:
             runs = self._break(case, prompt, past, runs, before)
-        case.runs = runs
+        ms = self.pace.s_per_token * 1e3
+        case.record = Record(
+            Explained(
+                prompt.request_id[:ID_CHARS],
+                prompt.session[:ID_CHARS],
+                prompt.n_tokens,
+                self._clock(),
+                tuple(msgspec.structs.replace(r, ms=round(r.tokens * ms, 3)) for r in runs),
+            )
+        )
 
     def _break(
         self, case: Case, prompt: Prompt, past: Past, runs: list[Run], before: Case | None
@@ -168,10 +194,23 @@ class Explainer:
 
     # -- a request is over -------------------------------------------------------------------
 
-    def end(
-        self, case: Case, *, reply: list[int], n_computed: int, store_off: str | None
-    ) -> list[Run]:
-        """The runs of a request that is over, with what they cost: told, summed up, and kept.
+    def over(self, case: Case) -> Record | None:
+        """What is told of a request that is over; None where `look` never had its case."""
+        record, broken = case.record, case.broken
+        if record is None:
+            return None
+        if broken is not None and broken.verdict is not None:
+            one = record.explained
+            runs = tuple(_named(run, broken) for run in one.runs)
+            record.become(msgspec.structs.replace(one, runs=runs))
+        self.recent.append(record)
+        self._recent_bytes += len(record.packed)
+        while self._recent_bytes > PAGE_BYTES or len(self.recent) > RECENT:
+            self._recent_bytes -= len(self.recent.popleft().packed)
+        return record
+
+    def end(self, case: Case, *, reply: list[int], n_computed: int, store_off: str | None) -> None:
+        """What comes of a request that is over: told, summed up, and kept.
 
         Args:
             case: that `look` had; its prompt's keys have grown with the reply.
@@ -179,25 +218,20 @@ class Explainer:
             n_computed: tokens that have KV.
             store_off: by whom stores were off.
         """
-        prompt, now = case.prompt, self._clock()
+        prompt, record, now = case.prompt, case.record, self._clock()
         assert prompt is not None
-        ms = self.pace.s_per_token * 1e3
-        runs = [msgspec.structs.replace(run, ms=round(run.tokens * ms, 3)) for run in case.named()]
+        assert record is not None
+        runs = record.explained.runs
         self.pasts.keep(prompt, case.past, case.shared, reply, n_computed, store_off)
         for run in runs:
             self.sums.add(run, now)
             self._tell(prompt.request_id, run)
-        self.recent.append(
-            Explained(prompt.request_id[:ID_CHARS], prompt.session[:ID_CHARS], prompt.n_tokens,
-                      now, tuple(runs))
-        )  # fmt: skip
         unnamed = [run for run in runs if run.reason == "input_changed"]
-        if unnamed and case.broken is not None and case.broken.verdict is None:
-            self._unnamed[prompt.request_id] = (case.broken, unnamed[0])
+        if unnamed and case.broken is not None and not unnamed[0].rule:
+            self._unnamed[id(record)] = (case.broken, unnamed[0], record)
             if len(self._unnamed) > RECENT:
                 self._unnamed.popitem(last=False)
         self.settle()
-        return runs
 
     def _tell(self, request_id: str, run: Run) -> None:
         self._bus.emit(
@@ -214,30 +248,39 @@ class Explainer:
         )
 
     def settle(self) -> None:
-        """Takes in what the namer has found since, of requests that are over."""
-        if not self._unnamed:
-            return
-        for request_id in [i for i, (broken, _) in self._unnamed.items() if broken.done]:
-            broken, run = self._unnamed.pop(request_id)
-            named, now = _named(run, broken), self._clock()
+        """Takes in what the namer has found since, of requests that are over; `end` does."""
+        for which in [i for i, (broken, _, _) in self._unnamed.items() if broken.done]:
+            broken, run, record = self._unnamed.pop(which)
+            named, now, one = _named(run, broken), self._clock(), record.explained
             if named == run:
                 continue
             self.sums.add(run, now, times=-1)
             self.sums.add(named, now)
-            self._tell(request_id, named)
-            for i, one in enumerate(self.recent):
-                if one.request_id == request_id[:ID_CHARS] and run in one.runs:
-                    runs = tuple(named if other == run else other for other in one.runs)
-                    self.recent[i] = msgspec.structs.replace(one, runs=runs)
+            self._tell(one.request_id, named)
+            runs = tuple(named if other == run else other for other in one.runs)
+            self._recent_bytes -= len(record.packed)
+            record.become(msgspec.structs.replace(one, runs=runs))
+            self._recent_bytes += len(record.packed)
 
     def top(self) -> list[Cause]:
-        """The ten dearest causes of the last hour."""
-        return self.sums.top(self._clock())
+        """The ten dearest causes of the last hour, as they were at most a second ago."""
+        now = self._clock()
+        if not 0 <= now - self._top[0] < TOP_EVERY_S:
+            self._top = (now, self.sums.top(now))
+        return self._top[1]
 
     def close(self) -> None:
         """Ends the namer's thread."""
         if self._namer is not None:
             self._namer.close()
+
+
+def _told(run: Run) -> dict[str, Any]:
+    told: dict[str, Any] = msgspec.to_builtins(run)
+    fix = fix_of(run.reason)
+    if fix:
+        told["fix"] = fix
+    return told
 
 
 def _named(run: Run, broken: Broken | None) -> Run:

@@ -9,7 +9,7 @@ import msgspec
 from kvmem.explain.misses.reasons import fix_of
 from kvmem.explain.misses.runs import Run
 
-__all__ = ["Cause", "Pace", "Sums"]
+__all__ = ["LEAST_STEP", "Cause", "Pace", "Sums"]
 
 HOUR_S = 3600.0
 BUCKET_S = 60.0
@@ -44,8 +44,13 @@ class Pace:
         self._began_s: float | None = None
         self._tokens = 0
 
+    @property
+    def waits(self) -> bool:
+        """Whether the end of a large step is to be seen."""
+        return self._tokens >= LEAST_STEP
+
     def step(self, tokens: int, now_s: float) -> None:
-        """A step with so many tokens goes out."""
+        """A step with so many tokens goes out; small ones after small ones may be left out."""
         if self._began_s is not None and self._tokens >= LEAST_STEP:
             fresh = (now_s - self._began_s) / self._tokens
             old = self.s_per_token
@@ -57,14 +62,18 @@ _Key = tuple[str, str, str, str, str]
 
 
 class Sums:
-    """Misses by cause, a minute at a time, over the last hour."""
+    """Misses by cause, a minute at a time, over the last hour.
+
+    Thread safety: one thread adds; another may ask for the top beside it.
+    """
 
     def __init__(self) -> None:
         self._minutes: deque[tuple[float, dict[_Key, list[float]]]] = deque()
 
     def add(self, run: Run, now_s: float, *, times: int = 1) -> None:
         """Counts a run; `times` -1 takes one back that was counted under another reason."""
-        self._drop(now_s)
+        while self._minutes and now_s - self._minutes[0][0] > HOUR_S:
+            self._minutes.popleft()
         if not self._minutes or now_s - self._minutes[-1][0] >= BUCKET_S:
             self._minutes.append((now_s, {}))
         minute = self._minutes[-1][1]
@@ -78,17 +87,15 @@ class Sums:
 
     def top(self, now_s: float, n: int = 10) -> list[Cause]:
         """The causes that cost most, dearest first: by milliseconds, then by tokens."""
-        self._drop(now_s)
         total: dict[_Key, list[float]] = {}
-        for _, minute in self._minutes:
-            for key, row in minute.items():
+        # Copies, each made in one step: what is copied may grow meanwhile.
+        for began_s, minute in self._minutes.copy():
+            if now_s - began_s > HOUR_S:
+                continue
+            for key, row in minute.copy().items():
                 into = total.setdefault(key, [0, 0, 0.0])
                 for i, value in enumerate(row):
                     into[i] += value
         causes = [Cause(*key, int(requests), int(tokens), round(ms, 1))
                   for key, (requests, tokens, ms) in total.items() if requests > 0]  # fmt: skip
         return sorted(causes, key=lambda cause: (-cause.ms, -cause.tokens, cause.reason))[:n]
-
-    def _drop(self, now_s: float) -> None:
-        while self._minutes and now_s - self._minutes[0][0] > HOUR_S:
-            self._minutes.popleft()
