@@ -31,6 +31,7 @@ __all__ = ["Misses"]
 
 log = logging.getLogger("kvmem")
 
+PAGE_EVERY_S = 0.25
 # How a load that failed is told.
 OF_FAULT = {True: "quarantined", False: "tier_error"}
 
@@ -56,6 +57,8 @@ class Misses:
             policy=half.config.eviction,
         )
         self._behind = Behind("kvmem-explain", lambda error: self._failed("behind", error))
+        self._paged: dict[str, Any] = {}
+        self._paged_s = 0.0
         half.cache.on_evicted = self._evicted
 
     def _decoder(self) -> Callable[[Sequence[int]], str] | None:
@@ -206,7 +209,12 @@ class Misses:
 
     def page(self) -> dict[str, Any]:
         """What stands on the page: the dearest causes, and as many requests as there is room."""
-        return self._safely("page", self._page) or {}
+        now = time.monotonic()
+        if self._half._seen and now - self._paged_s < PAGE_EVERY_S:
+            return self._paged  # another request is under way: the page is written again soon
+        self._paged_s = now
+        self._paged = self._safely("page", self._page) or {}
+        return self._paged
 
     def _page(self) -> dict[str, Any]:
         told = [record.packed for record in self.explainer.recent]

@@ -7,8 +7,8 @@
 
 `look` and `end` are done on a thread behind the scheduler's (`Behind`), since nothing of `look` is
 needed before a request ends, and nothing of `end` at once. Hashes are compared, not tokens, and
-nothing is decoded: what a change of the prompt's text was is the `Namer`'s to find, for prompts that
-broke only; an outline, where the request brought one, says it at once. Nothing here is text.
+nothing is decoded: what a change of the prompt's text was is the `Namer`'s to find, where a prompt
+broke; an outline, where the request brought one, says it at once. Nothing here is text.
 
 Thread safety: one thread calls all but `look` and `end`, which are called one at a time, by any.
 """
