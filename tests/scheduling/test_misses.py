@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,6 +189,13 @@ def test_runs_go_out_as_events(engine: Engine) -> None:
     assert [(one.request_id, one.reason, one.tokens) for one in missed] == [
         (i, "first_time", WHOLE * BLOCK), (i, "block_floor", REST),
     ]  # fmt: skip
+
+
+def test_the_last_request_of_all_is_told_without_another(engine: Engine) -> None:
+    told = threading.Event()
+    engine.half.bus.subscribe(lambda one: told.set() if isinstance(one, events.Missed) else None)
+    engine.generate(PROMPT)
+    assert told.wait(10)
 
 
 def test_the_page_has_the_last_requests_and_the_dearest_causes(engine: Engine) -> None:

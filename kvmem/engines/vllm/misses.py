@@ -124,7 +124,7 @@ class Misses:
             if seen.case is case:  # else it was looked up again since
                 self.explainer.look(case, self._prompt(seen, weights, content), before)
 
-        self._behind.add(look)
+        self._behind.add(look, soon=True)
 
     def _prompt(self, seen: Seen, weights: bytes, content: bytes) -> Prompt:
         request = seen.request
@@ -175,7 +175,10 @@ class Misses:
         record = self.explainer.over(case)
         if record is None:
             return None
-        self._behind.add(lambda: self._keep(seen, case))
+        last = len(self._half._seen) <= 1  # there may be no step for a long time
+        self._behind.add(lambda: self._keep(seen, case), soon=last)
+        if last:
+            self._behind.wake()
         return record.told
 
     def _keep(self, seen: Seen, case: Case) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 __all__ = ["Behind"]
 
 MOST = 4096
+MANY = 16
 
 Job = Callable[[], None]
 
@@ -31,18 +32,22 @@ class Behind:
         self._gate.acquire()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._soon = False
 
-    def add(self, job: Job) -> bool:
-        """Hands in a job; False where too many wait."""
+    def add(self, job: Job, *, soon: bool = False) -> bool:
+        """Hands in a job; False where too many wait. One that is not needed `soon` may wait for
+        others, since waking a thread costs more than handing in a job."""
         if len(self._jobs) >= MOST or self._closed:
             return False
         self._jobs.append(job)
+        self._soon = self._soon or soon
         return True
 
     def wake(self) -> None:
-        """The thread may begin: costs nothing where there is no job."""
-        if not self._jobs or self._closed:
+        """The thread may begin, if there is something for it."""
+        if self._closed or not (self._soon or len(self._jobs) >= MANY):
             return
+        self._soon = False
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
