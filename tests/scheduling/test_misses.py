@@ -239,6 +239,6 @@ def test_an_explainer_that_fails_costs_a_reason_and_no_request(engine: Engine, p
 
 
 def test_a_thread_that_never_comes_costs_nothing(engine: Engine) -> None:
-    engine.half.misses._behind.wake = lambda: None  # type: ignore[method-assign]
+    engine.half.misses._behind.wake = lambda **_: None  # type: ignore[method-assign]
     stored(engine)
     assert reasons(engine.generate(PROMPT)) == [("block_floor", REST)]

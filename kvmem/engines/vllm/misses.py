@@ -176,9 +176,9 @@ class Misses:
         if record is None:
             return None
         last = len(self._half._seen) <= 1  # there may be no step for a long time
-        self._behind.add(lambda: self._keep(seen, case), soon=last)
+        self._behind.add(lambda: self._keep(seen, case))
         if last:
-            self._behind.wake()
+            self._behind.wake(now=True)
         return record.told
 
     def _keep(self, seen: Seen, case: Case) -> None:
