@@ -176,16 +176,6 @@ class Ledger:
         return tuple(spans_of(self._last))
 
     @property
-    def system(self) -> str | None:
-        """The system prompt."""
-        return self._system
-
-    @property
-    def tools(self) -> tuple[Any, ...]:
-        """The tools' schemas."""
-        return self._tools
-
-    @property
     def n_tokens(self) -> int:
         """Committed tokens."""
         return self._last.span.stop
