@@ -88,6 +88,23 @@ def test_a_restart_begins_warm(start: Callable[..., Any]) -> None:
         engine.assert_settled()
 
 
+def test_approximate_blocks_on_the_disk_answer_nobody_where_the_setting_is_gone(
+    start: Callable[..., Any],
+) -> None:
+    with start(approximate_salt="near/") as engine:
+        assert not stored(engine, PROMPT, salt="near/a").receipt["exact"]
+        at_rest(engine)
+        assert engine.half.cache.stats()["disk"]["written"] == WHOLE
+    with start() as engine:
+        turn = engine.generate(PROMPT, 4, salt="near/a")
+        assert turn.receipt["exact"]
+        assert turn.receipt["tokens"]["computed"] == len(PROMPT)
+        engine.assert_settled()
+    with start(approximate_salt="near/") as engine:  # they are still there
+        matched = engine.half.cache._moves.disk.stats()["published"]
+        assert matched >= WHOLE
+
+
 def test_others_run_while_a_request_waits_for_the_disk(engine: Engine) -> None:
     only_on_disk(engine)
     moves = engine.half.cache._moves

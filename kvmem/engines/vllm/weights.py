@@ -42,6 +42,7 @@ __all__ = ["HARMLESS", "Live", "empty", "poison"]
 log = logging.getLogger("kvmem")
 
 EPOCH_BYTES = 16
+APPROXIMATE = b"kvmem.approximate"  # in the keys of blocks that may be it
 MAX_NAMES = 1 << 12
 # Methods of vLLM's workers (vllm/v1/worker) that leave weights as they are. Any other name, and
 # every function that is sent to the workers, counts as a change.
@@ -122,8 +123,9 @@ class Live:
     # -- a request is looked up --------------------------------------------------------------
 
     def admit(self, seen: Seen, start: int) -> bool:
-        """Settles `seen.adapter` and `seen.tweak`, what the request's KV depends on beside its
-        tokens.
+        """Settles `seen.adapter` and the keys' `tweak`, what the request's KV depends on beside its
+        tokens and salt: that it may be approximate is in its keys too, for an engine of another
+        `approximate_salt` may read the same disk (I10).
 
         False: the engine's own hit of `start` blocks may be on KV of an adapter's former content.
         The engine's cache is empty now; the request must be looked up again.
@@ -132,7 +134,8 @@ class Live:
         seen.adapter = b""
         if lora is not None and self._adapters is not None:
             seen.adapter = self._adapters.content(lora)
-        seen.keys.tweak = self.epoch + seen.adapter
+        near = APPROXIMATE if seen.approximate else b""
+        seen.keys.tweak = self.epoch + seen.adapter + near
         return not seen.adapter or self._is_on_device(seen) or start == 0
 
     def _is_on_device(self, seen: Seen) -> bool:
