@@ -88,12 +88,6 @@ class Keeper:
                 del self._branch_of[agent]
             self._free.append(branch)
 
-    def moved(self, run: int, to: int) -> None:
-        """The end of one run is the end of another one now: the tree was cut anew."""
-        branch = self._branch_at.pop(run, None)
-        if branch is not None:
-            self._branch_at[to], self._run[branch] = branch, to
-
     def worths(self, now_s: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Each branch's run, -1 for no branch, and what a second of it is worth now."""
         tables = np.stack([self.returns.worth(of) for of in self._classes])

@@ -31,9 +31,8 @@ class Prompt(msgspec.Struct, frozen=True):
 class Prefill(msgspec.Struct, frozen=True):
     """Seconds to compute a prompt: linear in its tokens, and growing with those before each.
 
-    The default is a 70B model on eight H100 (limits.md of the project's notes has no such machine:
-    the figures are an assumption, and only their ratio shapes results): 10,000 tokens a second at
-    first, half of that after 60,000 tokens.
+    The default is an assumption: 10,000 tokens a second at first, half of that after 60,000 tokens.
+    Of shares saved only the second figure matters.
     """
 
     tokens_s: float = 10_000.0
