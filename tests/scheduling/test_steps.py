@@ -378,6 +378,29 @@ def test_a_hook_that_fails_after_an_abort_leaves_nothing(
     engine.assert_settled()
 
 
+def test_a_request_whose_loads_fail_unheard_ends(engine: Engine) -> None:
+    """The engine is told of the bad blocks, and what would tell the scheduler's half is lost."""
+    stored(engine)
+    half, calls = engine.worker.worker, 0
+
+    def failing(*_: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        raise InjectedError("_load")
+
+    half._load = failing
+    acks, half.acks = half.acks, lambda: (acks(), None)[1]
+    one = engine.add(PROMPT, 4)
+    for _ in range(50):
+        if engine.turns[one].finish_reason is not None:
+            break
+        engine.step()
+    assert calls == 1
+    assert len(engine.turns[one].tokens) == 4
+    half.acks = acks
+    assert engine.turns[one].receipt["miss"] == "load_failed"
+
+
 def test_a_request_whose_load_is_always_refused_ends(engine: Engine) -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
 

@@ -139,7 +139,8 @@ class SchedulerHalf:
         seen = Seen(request, wishes, receipt, keys, stored)
         # The engine hashes the salt into every key: these blocks are nobody else's (I10).
         prefix = self.config.approximate_salt
-        seen.approximate = bool(prefix) and str(request.cache_salt or "").startswith(prefix or "")
+        salt = getattr(request, "cache_salt", None) or ""
+        seen.approximate = prefix is not None and salt.startswith(prefix)
         receipt.exact = not seen.approximate
         self._seen[request.request_id] = seen
         self.totals.requests += 1
@@ -182,6 +183,8 @@ class SchedulerHalf:
         seen.stale = self._was_reset and start > 0
         skips = getattr(request, SKIPS, False)
         seen.forget_stored()
+        if seen.load_began == getattr(request, "num_preemptions", 0) and not seen.load_failed:
+            seen.fail_load()  # it would not be here if it had what it was promised
         off = seen.wishes.load_off or self._load_off(skips, shadowed=seen.shadowed)
         if off or seen.load_failed:
             seen.grant = None
@@ -244,6 +247,7 @@ class SchedulerHalf:
             for part in seen.grant.parts
         ]
         seen.loading = True
+        seen.load_began = getattr(request, "num_preemptions", 0)
         self._new_loads.append(request.request_id)
 
     def break_load(self, request: Request, blocks: KVCacheBlocks, n_external_tokens: int) -> None:

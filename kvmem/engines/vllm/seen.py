@@ -25,8 +25,9 @@ class Seen:
     not looked at again. `device_blocks[group]` are the blocks that the engine keeps at the end.
     `stale`: computed before a reset, so nothing of it is stored. `adapter` is the content of the
     request's adapter, as `Live.admit` settled it. `shadowed`: it is computed although it is stored.
-    `approximate`: its salt is of those that may be answered approximately (I10). `bad_load`: what
-    failed was a check of its load. `case` is why what is missing of it is missing.
+    `approximate`: its salt is of those that may be answered approximately (I10). `load_began`: how
+    often it had been preempted when its load was allocated. `bad_load`: what failed was a check of
+    its load. `case` is why what is missing of it is missing.
     """
 
     request: Request
@@ -41,6 +42,7 @@ class Seen:
     finished: bool = False
     stale: bool = False
     load_failed: bool = False
+    load_began: int | None = None
     bad_load: bool = False
     shadowed: bool = False
     approximate: bool = False
