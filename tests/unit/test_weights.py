@@ -13,6 +13,8 @@ import pytest
 
 from kvmem.engines.vllm import weights
 from kvmem.engines.vllm.adapters import Held, held_by
+from kvmem.engines.vllm.receipt import Receipt, Wishes
+from kvmem.engines.vllm.seen import Seen
 from kvmem.engines.vllm.weights import Live, empty, poison
 from kvmem.errors import UnsupportedEngine
 
@@ -35,14 +37,8 @@ class Half:
         self.failures.append(f"{where}: {error}")
 
     def see(self, one: Any) -> Any:
-        seen = SimpleNamespace(
-            request=one,
-            adapter=b"",
-            keys=SimpleNamespace(tweak=b""),
-            stale=False,
-            finished=False,
-            loading=False,
-        )
+        keys: Any = SimpleNamespace(tweak=b"")
+        seen = Seen(one, Wishes(None, None), Receipt(), keys, [0])
         self._seen[one.request_id] = seen
         return seen
 
