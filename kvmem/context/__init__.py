@@ -17,7 +17,7 @@ from kvmem.context.offload import BlobStore, Stub
 from kvmem.context.probe import Break, probe
 from kvmem.context.renderer import ChatRenderer, Renderer
 from kvmem.context.seal import Finding, find_volatile, move_to_tail
-from kvmem.context.tail import Recital, anthropic_breakpoints, vary
+from kvmem.context.tail import Recital, anthropic_breakpoints, openai_breakpoints, vary
 
 __all__ = [
     "BlobStore",
@@ -42,6 +42,7 @@ __all__ = [
     "find_volatile",
     "mask",
     "move_to_tail",
+    "openai_breakpoints",
     "probe",
     "vary",
 ]

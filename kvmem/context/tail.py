@@ -13,9 +13,18 @@ from typing import Any
 
 from kvmem.errors import CapacityError
 
-__all__ = ["ANTHROPIC_MOST", "Recital", "anthropic_breakpoints", "vary"]
+__all__ = [
+    "ANTHROPIC_MOST",
+    "OPENAI_MOST",
+    "Recital",
+    "anthropic_breakpoints",
+    "openai_breakpoints",
+    "vary",
+]
 
 ANTHROPIC_MOST = 4  # cache_control marks in a request
+# A request of theirs writes four prefixes, one of which they choose themselves.
+OPENAI_MOST = 3
 
 
 class Recital:
@@ -63,19 +72,49 @@ def anthropic_breakpoints(
 
     At most four marks, the latest that are wanted (Anthropic's documentation, prompt caching).
     """
-    last = [index for index in (len(messages) - 2, len(messages) - 1) if index >= 0]
-    wanted = sorted({index for index in [*stable, *last] if 0 <= index < len(messages)})
-    marked = set(wanted[-ANTHROPIC_MOST:])
-    return [_blocks(message, mark=index in marked) for index, message in enumerate(messages)]
+    marked = _latest(range(len(messages)), stable, ANTHROPIC_MOST)
+    return [
+        _marked(message, "cache_control", {"type": "ephemeral"}) if index in marked else message
+        for index, message in enumerate(map(_in_blocks, messages))
+    ]
 
 
-def _blocks(message: Mapping[str, Any], *, mark: bool) -> dict[str, Any]:
+def openai_breakpoints(
+    messages: Sequence[Mapping[str, Any]], *, stable: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """As `anthropic_breakpoints`, for OpenAI's chat completions: `prompt_cache_breakpoint` on the
+    last part of a message's content.
+
+    At most three marks. What the model said can carry none: there the mark is on the message before
+    it. (OpenAI's guide to prompt caching; models from gpt-5.6 on, others refuse it.)
+    """
+    can = [index for index, message in enumerate(messages) if message.get("role") != "assistant"]
+    before = [max((i for i in can if i <= index), default=-1) for index in stable]
+    marked = _latest(can, before, OPENAI_MOST)
+    return [
+        _marked(_in_blocks(message), "prompt_cache_breakpoint", {"mode": "explicit"})
+        if index in marked
+        else dict(message)
+        for index, message in enumerate(messages)
+    ]
+
+
+def _latest(can: Sequence[int], stable: Sequence[int], most: int) -> set[int]:
+    return set(sorted({*(i for i in stable if i in can), *can[-2:]})[-most:])
+
+
+def _in_blocks(message: Mapping[str, Any]) -> dict[str, Any]:
     content = message.get("content") or ""
     blocks: list[dict[str, Any]] = (
         [{"type": "text", "text": content}]
         if isinstance(content, str)
         else [dict(block) for block in content]
     )
-    if mark and blocks:
-        blocks[-1] = {**blocks[-1], "cache_control": {"type": "ephemeral"}}
     return {**message, "content": blocks}
+
+
+def _marked(message: dict[str, Any], name: str, mark: dict[str, str]) -> dict[str, Any]:
+    blocks = message["content"]
+    if blocks:
+        blocks[-1] = {**blocks[-1], name: mark}
+    return message

@@ -6,9 +6,11 @@ import stat
 from pathlib import Path
 
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from pydantic import TypeAdapter
 
 from kvmem.context.offload import BlobStore
-from kvmem.context.tail import Recital, anthropic_breakpoints, vary
+from kvmem.context.tail import Recital, anthropic_breakpoints, openai_breakpoints, vary
 from kvmem.errors import CapacityError, ConfigError, CorruptBlock
 
 
@@ -92,3 +94,23 @@ def test_marks_are_at_most_four_and_the_latest() -> None:
         {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
     ]
     assert messages[8]["content"] == "m8"
+
+
+def test_openais_marks_are_at_most_three_and_on_nothing_the_model_said() -> None:
+    roles = ["system", "user", "assistant", "tool", "assistant", "user", "assistant"]
+    messages = [{"role": r, "content": f"m{i}", "tool_call_id": "c"} for i, r in enumerate(roles)]
+    for stable, wanted in (([], [3, 5]), ([0], [0, 3, 5]), ([0, 2], [1, 3, 5]), ([-3, 99], [3, 5])):
+        told = openai_breakpoints(messages, stable=stable)
+        assert [i for i, m in enumerate(told) if isinstance(m["content"], list)] == wanted
+        checked = TypeAdapter(list[ChatCompletionMessageParam]).validate_python(told, strict=False)
+        assert len(checked) == len(told)
+        for i in wanted:
+            mark = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+            assert told[i]["content"] == [{"type": "text", "text": f"m{i}", **mark}]
+        assert [told[i] for i in range(7) if i not in wanted] == [
+            messages[i] for i in range(7) if i not in wanted
+        ]
+    assert openai_breakpoints([]) == []
+    assert openai_breakpoints([{"role": "assistant", "content": "x"}], stable=[0]) == [
+        {"role": "assistant", "content": "x"}
+    ]
