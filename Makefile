@@ -11,6 +11,8 @@ PY ?= $(VENV)/bin/python
 BUILD ?= build/dev
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Each may have an engine of the 135M model under test: 3 GB.
+TEST_WORKERS ?= 2
 BENCH_ARGS ?= --short
 
 # Each stamp is a finished step of the set-up; a step is done again when what it reads has changed.
@@ -151,7 +153,7 @@ $(LMCACHE)/.installed: requirements/lmcache.lock $(STAMPS)/uv-$(UV_VERSION)
 
 .PHONY: test
 test: setup test-native  ## all tests: the native core, then Python with the real engine
-	KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest $(TEST_ARGS)
+	KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 .PHONY: soak
 soak: setup  ## five minutes of mixed traffic, held against an engine without kvmem: nine in all

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,31 +22,17 @@ from kvmem.agents.fanout import Fanout
 from kvmem.context import ChatRenderer, Undo
 from kvmem.demo.server import Server, counters
 from kvmem.errors import BudgetExceeded, RequestRefused, ResultInvalid, TurnTimeout
+from tests.e2e.host import BLOCK
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = 32
 SYSTEM = "You are one of a team that plans long journeys by sea. Answer briefly. "
 
 
-@pytest.fixture(scope="module")
-def server(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = [
-        sys.executable, "-m", "kvmem.cli", "serve", smollm2,
-        "--kvmem-host-gb", "0.25", "--kvmem-arena", f"agents-{os.getpid()}",
-        "--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", "4096",
-        "--num-gpu-blocks-override", "512", "--enforce-eager", "--served-model-name", "smol",
-        "--enable-prompt-tokens-details",
-        "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
-    ]  # fmt: skip
-    environ = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
-    }
-    log = tmp_path_factory.mktemp("agents") / "log"
-    with Server(command, log=log, environ=environ) as server:
-        yield server
+@pytest.fixture
+def server(served: Server) -> Server:
+    return served
 
 
 @pytest.fixture(scope="module")

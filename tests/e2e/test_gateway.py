@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -16,29 +15,16 @@ import pytest
 
 from benchmarks.bench_gateway import tool_loop
 from kvmem.demo.server import Server
+from tests.e2e.host import BLOCK
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-BLOCK_TOKENS = 32
 SYSTEM = "You are a vivid agent who looks around in old houses and tells of it. " * 8
 
 
-@pytest.fixture(scope="module")
-def engine(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2,
-        "--served-model-name", "smol", "--dtype", "float32", "--enforce-eager",
-        "--block-size", str(BLOCK_TOKENS), "--max-model-len", "4096",
-        "--enable-prompt-tokens-details", "--enable-auto-tool-choice",
-        "--tool-call-parser", "hermes",
-    ]  # fmt: skip
-    environ = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
-    }
-    log = tmp_path_factory.mktemp("engine") / "log"
-    with Server(command, log=log, environ=environ) as server:
-        yield server
+@pytest.fixture
+def engine(served: Server) -> Server:
+    return served
 
 
 class Process:
@@ -74,7 +60,7 @@ def test_a_tool_loop_at_temperature_1_reaches_the_ideal(gateway: Process) -> Non
 
 
 def ideal_of(had: int, prompt: int) -> int:
-    return min(had, prompt - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    return min(had, prompt - 1) // BLOCK * BLOCK
 
 
 @pytest.mark.parametrize("stream", [False, True])
