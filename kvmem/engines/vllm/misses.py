@@ -227,6 +227,16 @@ class Misses:
             "causes": self.explainer.top(),
         }
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that are not done."""
+        return self._behind.waiting
+
+    def behind(self, job: Callable[[], None]) -> bool:
+        """Has a job done on the thread behind the scheduler, when it is woken next; False where
+        too much waits there."""
+        return self._behind.add(job)
+
     def settle(self) -> None:
         """Returns when all that is known by now was told."""
         self._behind.finish()

@@ -28,6 +28,7 @@ from kvmem.engines.vllm.seen import Seen
 from kvmem.engines.vllm.shadow import Shadows
 from kvmem.engines.vllm.storing import Storing
 from kvmem.engines.vllm.tables import BlockTables
+from kvmem.engines.vllm.telemetry import Telemetry
 from kvmem.engines.vllm.weights import Live
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
@@ -96,6 +97,7 @@ class SchedulerHalf:
         self.proofs = Proofs(self.ranks, self.bus, time.monotonic)
         self.live = Live(self, vllm_config)
         self.misses = Misses(self, getattr(model, "tokenizer", None))
+        self.telemetry = Telemetry(self)
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -115,6 +117,7 @@ class SchedulerHalf:
         rate = config.scrub_mb_s * 1e6
         self.scrub = Scrub(self.arena, self.cache.published, rate) if rate else None
         self.write_stats()
+        self.telemetry.open()
 
     def _switched(self, now: Switch) -> None:
         self.bus.emit(events.Switched(loads=now.loads, stores=now.stores))
@@ -123,6 +126,22 @@ class SchedulerHalf:
     def bind(self, device_pool: BlockPool) -> None:
         """The engine's own block pool, to see what a reset left in it."""
         self._device_pool = device_pool
+
+    @property
+    def n_running(self) -> int:
+        """Requests that are not over."""
+        return len(self._seen)
+
+    def off(self) -> dict[str, str]:
+        """Which of "loads" and "stores" are off for all requests, and by whom."""
+        now = self.switch.peek()
+        found = {}
+        for what, set_on in (("loads", self.config.load), ("stores", self.config.store)):
+            if not set_on or not getattr(now, what):
+                found[what] = "switch" if set_on else "setting"
+        if self.proofs.failed:
+            found.setdefault("loads", "proof")
+        return found
 
     def seen(self, request_id: str) -> Seen | None:
         """What is kept of a request that is not over."""
@@ -142,6 +161,7 @@ class SchedulerHalf:
         salt = getattr(request, "cache_salt", None) or ""
         seen.approximate = prefix is not None and salt.startswith(prefix)
         receipt.exact = not seen.approximate
+        seen.began_s = time.time()
         self._seen[request.request_id] = seen
         self.totals.requests += 1
         self._maybe_shadow(request, seen)
@@ -505,6 +525,7 @@ class SchedulerHalf:
         runs = self.misses.finished(seen)
         if runs is not None:
             receipt["misses"] = runs
+        self.telemetry.answered(seen)
         aborted = str(request.get_finished_reason()) in ("abort", "error")
         may = not (aborted or seen.loading or seen.stale) and seen.wishes.store
         keep = may and self.storing.has_more(seen, tables)
@@ -549,6 +570,7 @@ class SchedulerHalf:
         """Unmaps the arena and removes its file."""
         try:
             self.live.close()
+            self.telemetry.close()
             self.write_stats()
             self.misses.close()
         finally:

@@ -233,7 +233,7 @@ class Explainer:
                 self._unnamed.popitem(last=False)
         self.settle()
 
-    def _tell(self, request_id: str, run: Run) -> None:
+    def _tell(self, request_id: str, run: Run, was: str = "") -> None:
         self._bus.emit(
             events.Missed(
                 request_id=request_id,
@@ -244,6 +244,7 @@ class Explainer:
                 role=run.role,
                 message=run.message,
                 tier=run.tier,
+                was=was,
             )
         )
 
@@ -256,7 +257,7 @@ class Explainer:
                 continue
             self.sums.add(run, now, times=-1)
             self.sums.add(named, now)
-            self._tell(one.request_id, named)
+            self._tell(one.request_id, named, run.reason)
             runs = tuple(named if other == run else other for other in one.runs)
             self._recent_bytes -= len(record.packed)
             record.become(msgspec.structs.replace(one, runs=runs))

@@ -1,0 +1,211 @@
+"""What an engine tells of itself while it runs: counted behind the scheduler, told at its desk.
+
+The scheduler's thread emits events and appends them to a queue, no more. They are counted on the
+explainer's thread, or by whoever asks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvmem import events
+from kvmem.engines.vllm.seen import Seen
+from kvmem.store.desk import Desk
+from kvmem.telemetry.live import Cause, Sample, Snapshot, Tier
+from kvmem.telemetry.meter import Meter
+
+if TYPE_CHECKING:
+    from kvmem.engines.vllm.scheduler import SchedulerHalf
+
+__all__ = ["Telemetry"]
+
+MANY = 64  # events that are worth a job behind the scheduler
+
+
+class Telemetry:
+    """The meter and the desk of a `SchedulerHalf`."""
+
+    def __init__(self, half: SchedulerHalf) -> None:
+        self._half = half
+        self.meter = Meter(half.bus)
+        self._desk: Desk | None = None
+        self._asked = False  # for the meter's draining
+
+    def open(self) -> None:
+        """Begins to answer; an engine whose desk can't be opened runs without it (I9)."""
+        answers = {"live": self._live, "session": self._session}
+        try:
+            self._desk = Desk(
+                self._half.arena.path, answers, lambda error: self._half.failed("desk", error)
+            )
+        except OSError as error:
+            self._half.failed("desk", f"it could not be opened: {error}")
+
+    def answered(self, seen: Seen) -> None:
+        """A request is over, and its receipt is whole."""
+        try:
+            self._emit(seen)
+        except Exception as error:  # noqa: BLE001 a door: a request is not counted, no more (I9)
+            self._half.failed("telemetry", f"{type(error).__name__}: {error}")
+
+    def _emit(self, seen: Seen) -> None:
+        receipt, request = seen.receipt, seen.request
+        self._half.bus.emit(
+            events.Answered(
+                request_id=request.request_id,
+                session=getattr(request, "session_id", None) or "",
+                prompt=receipt.prompt,
+                device=receipt.device,
+                host=receipt.host,
+                disk=receipt.disk,
+                computed=receipt.computed,
+                began_s=seen.began_s,
+                ended_s=time.time(),
+                disk_s=receipt.disk_ms / 1e3,
+                load_s=receipt.load_ms / 1e3,
+                store_s=receipt.store_ms / 1e3,
+            )
+        )
+        if self.meter.waits >= MANY and not self._asked:
+            self._asked = self._half.misses.behind(self._drain)
+
+    def _drain(self) -> None:
+        self._asked = False
+        self.meter.drain()
+
+    # -- at the desk, on its thread ----------------------------------------------------------
+
+    def _live(self, asked: dict[str, Any]) -> Snapshot:
+        since = asked.get("events_since")
+        return self.snapshot(int(asked.get("sessions", 50)), since)
+
+    def _session(self, asked: dict[str, Any]) -> dict[str, Any]:
+        session, turns = self.meter.session(str(asked["session"]))
+        explained = [
+            record.explained
+            for record in self._half.misses.explainer.recent.copy()
+            if record.explained.session == asked["session"]
+        ]
+        return {"session": session, "turns": turns, "explained": explained}
+
+    def snapshot(self, sessions: int = 50, events_since: int | None = None) -> Snapshot:
+        """How it stands now. Any thread may ask."""
+        half, page = self._half, self._half.page
+        tiers = self.tiers()
+        samples = [*self.meter.samples(), *self._gauges(tiers)]
+        last, n_sessions = self.meter.sessions(max(0, min(sessions, 10_000)))
+        causes = tuple(
+            Cause(c.reason, c.role, c.rule, c.by, c.tier, c.requests, c.tokens, c.ms, c.fix)
+            for c in half.misses.explainer.sums.top(time.time())
+        )
+        told = () if events_since is None else tuple(self.meter.events(events_since))
+        return Snapshot(
+            at_s=time.time(),
+            model=page.model,
+            pid=os.getpid(),
+            arena=half.arena.path.name,
+            block_tokens=half.geometry.block_tokens,
+            block_bytes=half.arena.slot_bytes * half.ranks,
+            prefill_s_per_token=half.misses.explainer.pace.s_per_token,
+            tiers=tiers,
+            samples=tuple(samples),
+            running=half.n_running,
+            n_sessions=n_sessions,
+            sessions=tuple(last),
+            turns=tuple(self.meter.turns()),
+            causes=causes,
+            events=told,
+            n_events=self.meter.n_events,
+            quarantine=tuple(half.cache.quarantined()),
+            off=half.off(),
+            failures=page.failures,
+            last_failure=page.last_failure,
+        )
+
+    def tiers(self) -> tuple[Tier, ...]:
+        """Host and, where there is one, disk."""
+        half, stats = self._half, self._half.cache.stats()
+        totals, block_bytes = half.totals, half.arena.slot_bytes * half.ranks
+        host = Tier(
+            name="host",
+            on=not half.proofs.failed,
+            blocks=stats["published"],
+            bytes=stats["published"] * block_bytes,
+            capacity_bytes=stats["n_slots"] * block_bytes,
+            capacity_blocks=stats["n_slots"],
+            leased=stats["leased"],
+            reserved=stats["pending"] + stats["orphaned"],
+            under_way=len(half.storing.outstanding),
+            in_blocks=totals.blocks_stored,
+            in_bytes=totals.bytes_stored,
+            in_s=totals.store_s,
+            out_blocks=totals.blocks_loaded,
+            out_bytes=totals.bytes_loaded,
+            out_s=totals.load_s,
+            evicted_blocks=stats["evictions"],
+            faults=totals.quarantined,
+        )
+        below = stats.get("disk")
+        if below is None:
+            return (host,)
+        disk = Tier(
+            name="disk",
+            on=below["on"],
+            blocks=below["published"],
+            bytes=below["used_bytes"],
+            capacity_bytes=below["disk_bytes"],
+            leased=below["leased"],
+            reserved=below["pending"],
+            under_way=below["under_way"],
+            in_blocks=below["written"],
+            in_bytes=below["bytes_written"],
+            in_s=below["io_s"],
+            out_blocks=below["read"],
+            out_bytes=below["bytes_read"],
+            out_s=below["io_s"],
+            evicted_blocks=below["evictions"],
+            faults=below["faults"],
+        )
+        return (host, disk)
+
+    def _gauges(self, tiers: tuple[Tier, ...]) -> list[Sample]:
+        half = self._half
+        told = []
+        for tier in tiers:
+            at = (tier.name,)
+            told += [
+                Sample("kvmem_tier_up", at, float(tier.on)),
+                Sample("kvmem_tier_blocks", at, float(tier.blocks)),
+                Sample("kvmem_tier_bytes", at, float(tier.bytes)),
+                Sample("kvmem_tier_capacity_bytes", at, float(tier.capacity_bytes)),
+                Sample("kvmem_leased_blocks", at, float(tier.leased)),
+            ]
+            if tier.name != "host":  # the host's are counted from its events
+                told += [
+                    Sample("kvmem_moved_blocks_total", (tier.name, "in"), float(tier.in_blocks)),
+                    Sample("kvmem_moved_bytes_total", (tier.name, "in"), float(tier.in_bytes)),
+                    Sample("kvmem_moved_blocks_total", (tier.name, "out"), float(tier.out_blocks)),
+                    Sample("kvmem_moved_bytes_total", (tier.name, "out"), float(tier.out_bytes)),
+                ]
+        queues = {
+            "disk": sum(tier.under_way for tier in tiers if tier.name == "disk"),
+            "store": len(half.storing.outstanding),
+            "explain": half.misses.waiting,
+        }
+        off = half.off()
+        told += [Sample("kvmem_queue_depth", (name,), float(n)) for name, n in queues.items()]
+        told += [Sample("kvmem_off", (what,), float(what in off)) for what in ("loads", "stores")]
+        told += [
+            Sample("kvmem_running_requests", (), float(half.n_running)),
+            Sample("kvmem_sessions", (), float(self.meter.n_sessions)),
+            Sample("kvmem_prefill_seconds_per_token", (), half.misses.explainer.pace.s_per_token),
+        ]
+        return told
+
+    def close(self) -> None:
+        """Ends the desk's thread."""
+        if self._desk is not None:
+            self._desk.close()
+        self.meter.close()
