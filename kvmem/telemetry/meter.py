@@ -26,6 +26,7 @@ MOST_WAITING = 8192
 MOST_SESSIONS = 10_000
 MOST_TURNS = 256
 MOST_EVENTS = 256
+MOST_OBSERVED = 1024  # that no `Deltas` has taken yet
 MOST_TURNS_MISSED = 4096  # requests whose session is remembered for what is told of them later
 ID_CHARS = 96  # of a session's or a request's name: they are a client's to choose
 
@@ -55,6 +56,8 @@ class Meter:
         self._values: dict[tuple[str, Labels], float] = {}
         self._histograms: dict[tuple[str, Labels], list[float]] = {}
         self._n_series: dict[str, int] = {}
+        self._observed: deque[tuple[str, float]] = deque(maxlen=MOST_OBSERVED)
+        self._n_observed = 0
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._session_of: OrderedDict[str, str] = OrderedDict()
         self._turns: deque[Turn] = deque(maxlen=MOST_TURNS)
@@ -110,12 +113,14 @@ class Meter:
         self._n_series[name] = n + 1
         return name, labels
 
-    def _observe(self, name: str, value: float, labels: Labels = ()) -> None:
+    def _observe(self, name: str, value: float) -> None:
         bounds = metric(name).buckets
-        row = self._histograms.setdefault((name, labels), [0.0] * (len(bounds) + 2))
+        row = self._histograms.setdefault((name, ()), [0.0] * (len(bounds) + 2))
         at = next((i for i, bound in enumerate(bounds) if value <= bound), len(bounds))
         row[at] += 1
         row[-1] += value
+        self._observed.append((name, value))
+        self._n_observed += 1
 
     # -- events ------------------------------------------------------------------------------
 
@@ -219,6 +224,16 @@ class Meter:
         if self.dropped:
             told.append(Sample("kvmem_events_dropped_total", ("meter",), float(self.dropped)))
         return told
+
+    def take_observed(self) -> tuple[list[tuple[str, float]], int]:
+        """The observations since this was asked last, by their metric, and how many were lost."""
+        with self._lock:
+            self._drain()
+            told = list(self._observed)
+            lost = self._n_observed - len(told)
+            self._observed.clear()
+            self._n_observed = 0
+        return told, lost
 
     def sessions(self, most: int) -> tuple[list[Session], int]:
         """The sessions used last, the latest first, and how many are remembered."""

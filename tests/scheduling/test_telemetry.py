@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import prometheus_client
 import pytest
 
 from kvmem.store.desk import NotAnswered, ask
@@ -78,3 +79,92 @@ def test_an_answer_that_fails_is_told_to_who_asked_and_to_the_engine(engine: Eng
         ask(engine.half.arena.path, "what is this")
     raw = ask(engine.half.arena.path, "session", session="s")
     assert msgspec.msgpack.decode(raw)["session"] is None
+
+
+# -- in vLLM's own metrics -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(engine: Engine, config: Any) -> Iterator[Any]:
+    """What vLLM's front end does with what its scheduler tells: the stats cross a process as vLLM
+    encodes them, and are observed by the metrics that the connector's class makes."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.loggers import KVConnectorProm
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    labels = {0: ["tiny", "0"]}
+    prom = KVConnectorProm(config, ["model_name", "engine"], labels)
+    logging = KVConnectorLogging(config.kv_transfer_config)
+    encoder, decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
+    real = engine.scheduler.update_from_output
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        outputs = real(*args, **kwargs)
+        for one in outputs.values():
+            told = decoder.decode(encoder.encode(one)).scheduler_stats
+            if told is not None and told.kv_connector_stats:
+                prom.observe(told.kv_connector_stats)
+                logging.observe(told.kv_connector_stats)
+        return outputs
+
+    engine.scheduler.update_from_output = update
+    yield logging
+    from kvmem.engines.vllm.stats import _unregister
+
+    _unregister()
+
+
+def sample(name: str, **labels: str) -> float | None:
+    told = {"model_name": "tiny", "engine": "0", **labels}
+    return prometheus_client.REGISTRY.get_sample_value(name, told)
+
+
+def test_vllms_own_metrics_say_what_happened(engine: Engine, served: Any) -> None:
+    stored(engine)
+    engine.generate(PROMPT)
+    engine.half.misses.settle()
+    engine.half.telemetry.stats()  # as a next step would, were there one
+    assert sample("kvmem_requests_total") == 2
+    assert sample("kvmem_prompt_tokens_total", source="host") == WHOLE * BLOCK
+    assert sample("kvmem_tier_up", tier="host") == 1
+    assert sample("kvmem_tier_blocks", tier="host") == WHOLE
+    assert sample("kvmem_load_seconds_count") == 1
+    assert sample("kvmem_load_seconds_bucket", le="+Inf") == 1
+    assert sample("kvmem_moved_blocks_total", tier="host", direction="in") == WHOLE
+    lines: list[str] = []
+    served.log(lambda text, line: lines.append(line))
+    assert f"kvmem tokens host={WHOLE * BLOCK}" in lines[0]
+
+
+def test_what_requests_missed_is_in_vllms_metrics_with_the_next_one(
+    engine: Engine, served: Any
+) -> None:
+    stored(engine)
+    engine.half.misses.settle()
+    engine.generate(PROMPT)
+    assert sample("kvmem_missed_tokens_total", reason="first_time") == WHOLE * BLOCK
+
+
+def test_metrics_that_fail_do_not_reach_vllm(
+    config: Any, served: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from kvmem.engines.vllm.connector import KvmemConnector
+
+    made = KvmemConnector.build_prom_metrics(config, _TYPES, ["engine"], {0: ["0"]})
+    made.observe({"counters": [["no_such_metric", [], 1.0]]})
+    made.observe({})
+    assert [record.message for record in caplog.records if "kvmem: its metrics" in record.message]
+
+
+_TYPES: dict[Any, Any] = {
+    kind: kind
+    for kind in (prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram)
+}
+
+
+def test_a_process_may_have_one_engine_after_another(config: Any, served: Any) -> None:
+    from kvmem.engines.vllm.connector import KvmemConnector
+
+    for _ in range(2):  # a name that is registered twice would raise
+        KvmemConnector.build_prom_metrics(config, _TYPES, ["engine"], {0: ["0"]})

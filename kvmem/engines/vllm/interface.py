@@ -245,6 +245,13 @@ OPTIONAL: tuple[Need, ...] = (
          without="loads begin after the step's forward"),
     Need("name", "vllm.v1.metrics.cache_hit_source", "CacheHitSource.HOST",
          without="vLLM's metrics do not say which tier a hit came from"),
+    *(Need("hook", BASE, f"KVConnectorBase_V1.{name}", tuple(parameters.split()),
+           without="vLLM's own metrics say nothing of kvmem; its endpoint does")
+      for name, parameters in (
+          ("get_kv_connector_stats", ""),
+          ("build_kv_connector_stats", "data"),
+          ("build_prom_metrics",
+           "vllm_config metric_types labelnames per_engine_labelvalues"))),
     Need("name", BASE, "KVConnectorBase_V1.requires_kv_delivery",
          without="a preempted request whose store is under way may be computed again"),
 )  # fmt: skip

@@ -566,6 +566,10 @@ class SchedulerHalf:
         scrubbed = self.scrub.stats() if self.scrub is not None else None
         self.page.write(self.cache.stats(), scrubbed, self.cache.quarantined(), self.misses.page)
 
+    def take_stats(self) -> Any:
+        """What changed of the figures since this was asked last, for vLLM's own metrics."""
+        return self.telemetry.stats()
+
     def close(self) -> None:
         """Unmaps the arena and removes its file."""
         try:

@@ -18,6 +18,7 @@ from kvmem.telemetry.meter import Meter
 
 if TYPE_CHECKING:
     from kvmem.engines.vllm.scheduler import SchedulerHalf
+    from kvmem.engines.vllm.stats import Deltas, KvmemStats
 
 __all__ = ["Telemetry"]
 
@@ -32,6 +33,7 @@ class Telemetry:
         self.meter = Meter(half.bus)
         self._desk: Desk | None = None
         self._asked = False  # for the meter's draining
+        self._deltas: Deltas | None = None
 
     def open(self) -> None:
         """Begins to answer; an engine whose desk can't be opened runs without it (I9)."""
@@ -75,6 +77,14 @@ class Telemetry:
         self._asked = False
         self.meter.drain()
 
+    def stats(self) -> KvmemStats | None:
+        """For vLLM's own metrics, asked after each step."""
+        if self._deltas is None:
+            from kvmem.engines.vllm.stats import Deltas
+
+            self._deltas = Deltas(self)
+        return self._deltas.take(idle=not self._half.n_running)
+
     # -- at the desk, on its thread ----------------------------------------------------------
 
     def _live(self, asked: dict[str, Any]) -> Snapshot:
@@ -94,7 +104,6 @@ class Telemetry:
         """How it stands now. Any thread may ask."""
         half, page = self._half, self._half.page
         tiers = self.tiers()
-        samples = [*self.meter.samples(), *self._gauges(tiers)]
         last, n_sessions = self.meter.sessions(max(0, min(sessions, 10_000)))
         causes = tuple(
             Cause(c.reason, c.role, c.rule, c.by, c.tier, c.requests, c.tokens, c.ms, c.fix)
@@ -110,7 +119,7 @@ class Telemetry:
             block_bytes=half.arena.slot_bytes * half.ranks,
             prefill_s_per_token=half.misses.explainer.pace.s_per_token,
             tiers=tiers,
-            samples=tuple(samples),
+            samples=tuple(self.samples(tiers)),
             running=half.n_running,
             n_sessions=n_sessions,
             sessions=tuple(last),
@@ -123,6 +132,10 @@ class Telemetry:
             failures=page.failures,
             last_failure=page.last_failure,
         )
+
+    def samples(self, tiers: tuple[Tier, ...] | None = None) -> list[Sample]:
+        """Every series of the catalogue that has a value."""
+        return [*self.meter.samples(), *self._gauges(tiers or self.tiers())]
 
     def tiers(self) -> tuple[Tier, ...]:
         """Host and, where there is one, disk."""

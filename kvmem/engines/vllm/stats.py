@@ -1,0 +1,183 @@
+"""kvmem's part of vLLM's own metrics: what the connector counted, in vLLM's log and its /metrics.
+
+The scheduler's half hands vLLM the differences since it was asked last. vLLM carries them to the
+process that serves HTTP, which adds them to Prometheus metrics with vLLM's own labels (model_name,
+engine). What fails in here costs a figure (I9).
+
+    data = {"counters": [[name, [label, ...], more], ...],
+            "gauges":   [[name, [label, ...], now], ...],
+            "observed": [[name, value], ...]}
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+from kvmem.telemetry.live import Histogram as Buckets
+from kvmem.telemetry.metrics import METRICS, metric
+
+if TYPE_CHECKING:
+    from kvmem.engines.vllm.telemetry import Telemetry
+
+__all__ = ["Deltas", "KvmemPromMetrics", "KvmemStats"]
+
+EVERY_S = 1.0
+PREFIX = "kvmem_"
+
+log = logging.getLogger("kvmem")
+
+_Series = tuple[str, tuple[str, ...]]
+
+
+class KvmemStats(KVConnectorStats):
+    """One interval's figures; see the module."""
+
+    def __init__(self, data: dict[str, Any] | None = None) -> None:
+        super().__init__(data=data or {})
+        if not self.data:
+            self.reset()
+
+    def reset(self) -> None:
+        """Nothing was counted."""
+        self.data = {"counters": [], "gauges": [], "observed": []}
+
+    def aggregate(self, other: KVConnectorStats) -> KvmemStats:
+        """Both intervals in one; of a gauge the later value stands."""
+        counters: dict[_Series, float] = {}
+        gauges: dict[_Series, float] = {}
+        for data in (self.data, other.data):
+            for name, labels, value in data["counters"]:
+                at = (name, tuple(labels))
+                counters[at] = counters.get(at, 0.0) + value
+            for name, labels, value in data["gauges"]:
+                gauges[name, tuple(labels)] = value
+        return KvmemStats(
+            {
+                "counters": [[name, list(at), value] for (name, at), value in counters.items()],
+                "gauges": [[name, list(at), value] for (name, at), value in gauges.items()],
+                "observed": [*self.data["observed"], *other.data["observed"]],
+            }
+        )
+
+    def reduce(self) -> dict[str, int | float]:
+        """The line that vLLM logs: prompt tokens by where they came from, and what was moved."""
+        told: dict[str, int | float] = {}
+        for name, labels, value in self.data["counters"]:
+            if name == "kvmem_prompt_tokens_total":
+                told[f"kvmem tokens {labels[0]}"] = int(value)
+            elif name == "kvmem_moved_blocks_total":
+                told[f"kvmem blocks {' '.join(labels)}"] = int(value)
+            elif name in ("kvmem_failures_total", "kvmem_quarantined_blocks_total"):
+                what = name.removeprefix(PREFIX).removesuffix("_total").replace("_", " ")
+                told[f"kvmem {what}"] = told.get(f"kvmem {what}", 0) + int(value)
+        return told
+
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        return not any(self.data.values())
+
+
+class Deltas:
+    """What changed in an engine's figures since they were told last; the scheduler's thread asks.
+
+    At most once a second while requests run, since a step is not to wait for it; at once when the
+    last of them is over, since there may be no step for a long time.
+    """
+
+    def __init__(self, telemetry: Telemetry, clock: Callable[[], float] = time.monotonic) -> None:
+        self._telemetry = telemetry
+        self._clock = clock
+        self._next_s = 0.0
+        self._told: dict[_Series, float] = {}
+
+    def take(self, *, idle: bool) -> KvmemStats | None:
+        """The differences; None where it is not time, or there are none."""
+        now = self._clock()
+        if now < self._next_s and not (idle and self._telemetry.meter.waits):
+            return None
+        self._next_s = now + EVERY_S
+        observed, lost = self._telemetry.meter.take_observed()
+        if lost:
+            self._telemetry.meter.count("kvmem_events_dropped_total", ("histogram",), lost)
+        counters, gauges = [], []
+        for sample in self._telemetry.samples():
+            kind, value = metric(sample.name).kind, sample.value
+            if isinstance(value, Buckets):
+                continue
+            at = (sample.name, sample.labels)
+            before = self._told.get(at)
+            if value == before:
+                continue
+            self._told[at] = value
+            if kind == "counter":
+                counters.append([sample.name, list(sample.labels), value - (before or 0.0)])
+            else:
+                gauges.append([sample.name, list(sample.labels), value])
+        stats = KvmemStats(
+            {
+                "counters": counters,
+                "gauges": gauges,
+                "observed": [list(one) for one in observed],
+            }
+        )
+        return None if stats.is_empty() else stats
+
+
+class KvmemPromMetrics(KVConnectorPromMetrics):
+    """The catalogue as Prometheus metrics beside vLLM's own, in the process that serves them."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        _unregister()  # an engine that this process had before, as vLLM does with its own
+        self._made: dict[str, Any] = {}
+        for one in METRICS:
+            names = [*labelnames, *one.labels]
+            if one.kind == "counter":
+                made = metric_types[Counter](one.name, one.help, names)
+            elif one.kind == "gauge":
+                made = metric_types[Gauge](
+                    one.name, one.help, names, multiprocess_mode="mostrecent"
+                )
+            else:
+                made = metric_types[Histogram](one.name, one.help, names, buckets=one.buckets)
+            self._made[one.name] = made
+        self._broken = False
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Takes in what an engine's half told."""
+        try:
+            self._observe(transfer_stats_data, self.per_engine_labelvalues[engine_idx])
+        except Exception:  # I9: vLLM's own output handler calls this
+            if not self._broken:
+                log.exception("kvmem: its metrics could not be taken in; told once")
+            self._broken = True
+
+    def _observe(self, data: dict[str, Any], engine: list[object]) -> None:
+        for name, labels, value in data["counters"]:
+            self._made[name].labels(*engine, *labels).inc(value)
+        for name, labels, value in data["gauges"]:
+            self._made[name].labels(*engine, *labels).set(value)
+        for name, value in data["observed"]:
+            self._made[name].labels(*engine).observe(value)
+
+
+def _unregister() -> None:
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", "").startswith(PREFIX):
+            REGISTRY.unregister(collector)
+
