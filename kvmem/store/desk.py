@@ -23,7 +23,7 @@ import msgspec
 
 from kvmem.errors import ArenaError, KVMemError
 
-__all__ = ["Desk", "NotAnswered", "ask"]
+__all__ = ["Desk", "NotAnswered", "NotUnderstood", "ask"]
 
 MOST_ASKED = 32 << 20  # bytes of a question: a prompt of millions of tokens
 MOST_TOLD = 256 << 20
@@ -37,7 +37,11 @@ Answer = Callable[[dict[str, Any]], Any]
 
 
 class NotAnswered(KVMemError):
-    """The owner did not answer, or said what is wrong with the question."""
+    """The owner did not answer, or failed at it."""
+
+
+class NotUnderstood(NotAnswered, ValueError):
+    """The owner says what is wrong with the question."""
 
 
 class Desk:
@@ -104,7 +108,8 @@ class Desk:
                 raise ValueError(f"nobody here knows {what!r}")
             return msgspec.msgpack.encode({"told": answer(fields)})
         except (KVMemError, ValueError, TypeError, KeyError, AttributeError) as error:
-            return msgspec.msgpack.encode({"error": str(error) or type(error).__name__})
+            told = str(error) or type(error).__name__
+            return msgspec.msgpack.encode({"error": told, "asked": True})
         except Exception as error:  # noqa: BLE001 whoever asked is told, and so is the owner (I9)
             self._failed(f"{type(error).__name__}: {error}")
             return msgspec.msgpack.encode({"error": f"it failed: {type(error).__name__}"})
@@ -114,7 +119,8 @@ def ask(path: Path, what: str, *, timeout_s: float = 10.0, **fields: Any) -> byt
     """What the owner of the arena at `path` answers, as msgpack.
 
     Raises:
-        NotAnswered: it refuses the question, or took longer than `timeout_s`.
+        NotUnderstood: it refuses the question.
+        NotAnswered: it failed at it, or took longer than `timeout_s`.
         FileNotFoundError: nobody sits there.
         ArenaError: it is another user's.
     """
@@ -135,13 +141,14 @@ def ask(path: Path, what: str, *, timeout_s: float = 10.0, **fields: Any) -> byt
             ) from error
     told = msgspec.msgpack.decode(raw, type=_Told)
     if told.error is not None:
-        raise NotAnswered(told.error)
+        raise (NotUnderstood if told.asked else NotAnswered)(told.error)
     return bytes(told.told)
 
 
 class _Told(msgspec.Struct, frozen=True):
     told: msgspec.Raw = msgspec.Raw(b"\xc0")
     error: str | None = None
+    asked: bool = False  # what is wrong is the question
 
 
 def _address(path: Path) -> str:

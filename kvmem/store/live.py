@@ -1,6 +1,10 @@
-"""Snapshots of this user's running engines, asked at their desks."""
+"""Snapshots of this user's running engines and quotes of prompts, asked at their desks."""
 
 from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
 
@@ -8,8 +12,11 @@ from kvmem.errors import ArenaError
 from kvmem.store.arena import list_live
 from kvmem.store.desk import NotAnswered, ask
 from kvmem.telemetry.live import Snapshot
+from kvmem.telemetry.quote import Quote
 
-__all__ = ["snapshots"]
+__all__ = ["quote", "snapshots"]
+
+NAMING_S = 30.0  # for a break that is named, after the tokenizer was loaded
 
 
 def snapshots(
@@ -34,3 +41,19 @@ def snapshots(
         except (ArenaError, FileNotFoundError, NotAnswered, msgspec.DecodeError):
             continue
     return sorted(found, key=lambda one: one.pid)
+
+
+def quote(path: Path, tokens: Iterable[int], *, session: str = "", salt: str = "") -> Quote:
+    """What a prompt would find in the engine that owns the arena at `path`, and what it would cost.
+
+    Raises:
+        ValueError: a token is no token id.
+        NotUnderstood: the engine refuses the prompt; a ValueError too.
+        NotAnswered, FileNotFoundError, ArenaError: there is no engine that answers.
+    """
+    try:
+        packed = array("i", tokens).tobytes()
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"a prompt's token ids are whole numbers of 32 bits: {error}") from error
+    raw = ask(path, "quote", timeout_s=NAMING_S, tokens=packed, session=session, salt=salt)
+    return msgspec.msgpack.decode(raw, type=Quote)

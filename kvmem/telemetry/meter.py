@@ -225,6 +225,14 @@ class Meter:
             told.append(Sample("kvmem_events_dropped_total", ("meter",), float(self.dropped)))
         return told
 
+    def disk_waits(self) -> tuple[float, int]:
+        """Seconds that requests waited for the disk, and the tokens that they got from there."""
+        with self._lock:
+            self._drain()
+            row = self._histograms.get(("kvmem_disk_wait_seconds", ()))
+            tokens = self._values.get(("kvmem_prompt_tokens_total", ("disk",)), 0.0)
+            return (row[-1] if row else 0.0), int(tokens)
+
     def take_observed(self) -> tuple[list[tuple[str, float]], int]:
         """The observations since this was asked last, by their metric, and how many were lost."""
         with self._lock:

@@ -19,9 +19,9 @@ from tests.scheduling.test_steps import PROMPT, WHOLE, stored
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(params=[False, True], ids=["Scheduler", "AsyncScheduler"])
-def engine(request: pytest.FixtureRequest, config: Any, arena_name: str) -> Iterator[Engine]:
-    with running(config, asynchronous=request.param, arena=arena_name, n_host=40) as engine:
+@pytest.fixture
+def engine(config: Any, arena_name: str) -> Iterator[Engine]:
+    with running(config, asynchronous=True, arena=arena_name, n_host=40) as engine:
         yield engine
 
 

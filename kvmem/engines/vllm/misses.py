@@ -16,10 +16,10 @@ import msgspec
 
 from kvmem.engines.vllm.seen import Seen
 from kvmem.explain.misses.behind import Behind
-from kvmem.explain.misses.explainer import Case, Explainer
+from kvmem.explain.misses.explainer import Case, Explainer, named, told_of
 from kvmem.explain.misses.naming import Namer
 from kvmem.explain.misses.past import Prompt
-from kvmem.explain.misses.runs import Lookup
+from kvmem.explain.misses.runs import Lookup, Run
 from kvmem.explain.misses.sums import LEAST_STEP
 
 if TYPE_CHECKING:
@@ -145,7 +145,9 @@ class Misses:
         )
 
     def _keys(self, request: Request) -> Any:
-        hashes = request.block_hashes
+        return self._of_blocks(request.block_hashes)
+
+    def _of_blocks(self, hashes: Any) -> Any:
         return hashes if self._unit == 1 else hashes[self._unit - 1 :: self._unit]
 
     def finished(self, seen: Seen) -> list[dict[str, Any]] | None:
@@ -207,6 +209,36 @@ class Misses:
         salt = _digest(getattr(seen.request, "cache_salt", None)) if seen is not None else b"?"
         self.explainer.evicted(keys, tier, request_id, salt)
         self._behind.add(self.explainer.gone.sort_in)
+
+    # -- a prompt that nobody has sent -------------------------------------------------------
+
+    def preview(
+        self,
+        tokens: list[int],
+        hashes: list[bytes],
+        keys: Sequence[bytes],
+        lookup: Lookup,
+        *,
+        session: str,
+        salt: str,
+        patience_s: float,
+    ) -> list[dict[str, Any]]:
+        """The runs that such a prompt would miss, as a receipt tells them; nothing is kept of it.
+
+        Any thread may ask. It waits so long for what a change is called.
+        """
+        prompt = Prompt(
+            request_id="", session=session, salt=_digest(salt), adapter=b"",
+            weights=self._half.live.epoch, content=b"", keys=self._of_blocks(hashes),
+            tokens=tokens, n_tokens=len(tokens),
+        )  # fmt: skip
+        case = self.explainer.known(lookup, keys)
+        runs: list[Run] = []
+        if not self._behind.add(lambda: runs.extend(self.explainer.preview(case, prompt))):
+            return []
+        self._behind.finish()
+        self.explainer.wait_for_name(case, patience_s)
+        return [told_of(named(run, case.broken)) for run in runs]
 
     # -- for others --------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ class SchedulerHalf:
         self.proofs = Proofs(self.ranks, self.bus, time.monotonic)
         self.live = Live(self, vllm_config)
         self.misses = Misses(self, getattr(model, "tokenizer", None))
-        self.telemetry = Telemetry(self)
+        self.telemetry = Telemetry(self, vllm_config)
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -141,6 +141,8 @@ class SchedulerHalf:
                 found[what] = "switch" if set_on else "setting"
         if self.proofs.failed:
             found.setdefault("loads", "proof")
+        if not self._worker_maps:
+            found.setdefault("loads", "worker")
         return found
 
     def seen(self, request_id: str) -> Seen | None:
@@ -157,14 +159,17 @@ class SchedulerHalf:
         receipt = Receipt(error=wishes.error, store_off=wishes.store_off)
         seen = Seen(request, wishes, receipt, keys, stored)
         # The engine hashes the salt into every key: these blocks are nobody else's (I10).
-        prefix = self.config.approximate_salt
-        salt = getattr(request, "cache_salt", None) or ""
-        seen.approximate = prefix is not None and salt.startswith(prefix)
+        seen.approximate = self.is_approximate(getattr(request, "cache_salt", None) or "")
         receipt.exact = not seen.approximate
         seen.began_s = time.time()
         self._seen[request.request_id] = seen
         self.totals.requests += 1
         self._maybe_shadow(request, seen)
+
+    def is_approximate(self, salt: str) -> bool:
+        """Whether requests with this salt may be answered approximately (I10)."""
+        prefix = self.config.approximate_salt
+        return prefix is not None and salt.startswith(prefix)
 
     def _maybe_shadow(self, request: Request, seen: Seen) -> None:
         """Has a share of the hits computed and compared: the engine's own are off for them, too."""

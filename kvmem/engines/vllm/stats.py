@@ -180,4 +180,3 @@ def _unregister() -> None:
     for collector in list(REGISTRY._collector_to_names):
         if getattr(collector, "_name", "").startswith(PREFIX):
             REGISTRY.unregister(collector)
-

@@ -11,12 +11,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvmem import events
+from kvmem.engines.vllm.quoting import Quotes
 from kvmem.engines.vllm.seen import Seen
 from kvmem.store.desk import Desk
 from kvmem.telemetry.live import Cause, Sample, Snapshot, Tier
 from kvmem.telemetry.meter import Meter
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from kvmem.engines.vllm.scheduler import SchedulerHalf
     from kvmem.engines.vllm.stats import Deltas, KvmemStats
 
@@ -28,8 +31,9 @@ MANY = 64  # events that are worth a job behind the scheduler
 class Telemetry:
     """The meter and the desk of a `SchedulerHalf`."""
 
-    def __init__(self, half: SchedulerHalf) -> None:
+    def __init__(self, half: SchedulerHalf, vllm_config: VllmConfig) -> None:
         self._half = half
+        self.quotes = Quotes(half, vllm_config)
         self.meter = Meter(half.bus)
         self._desk: Desk | None = None
         self._asked = False  # for the meter's draining
@@ -37,7 +41,11 @@ class Telemetry:
 
     def open(self) -> None:
         """Begins to answer; an engine whose desk can't be opened runs without it (I9)."""
-        answers = {"live": self._live, "session": self._session}
+        answers = {
+            "live": self._live,
+            "quote": self.quotes.at_desk,
+            "session": self._session,
+        }
         try:
             self._desk = Desk(
                 self._half.arena.path, answers, lambda error: self._half.failed("desk", error)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kvmem.engines.vllm.scheduler import SchedulerHalf
     from kvmem.engines.vllm.seen import Seen
 
-__all__ = ["HARMLESS", "Live", "empty", "poison"]
+__all__ = ["HARMLESS", "Live", "empty", "poison", "tweak_of"]
 
 log = logging.getLogger("kvmem")
 
@@ -134,8 +134,7 @@ class Live:
         seen.adapter = b""
         if lora is not None and self._adapters is not None:
             seen.adapter = self._adapters.content(lora)
-        near = APPROXIMATE if seen.approximate else b""
-        seen.keys.tweak = self.epoch + seen.adapter + near
+        seen.keys.tweak = tweak_of(self.epoch, seen.adapter, approximate=seen.approximate)
         return not seen.adapter or self._is_on_device(seen) or start == 0
 
     def _is_on_device(self, seen: Seen) -> bool:
@@ -258,6 +257,18 @@ class Live:
         request.num_computed_tokens = 0
         return True
 
+    def on_device(self, hashes: list[Any], n_tokens: int) -> int:
+        """Tokens that the engine's own prefix cache has of a prompt of `n_tokens`, as its scheduler
+        would find them; changes nothing. Before the first request of all there are none.
+
+        vllm/v1/core/kv_cache_manager.py, `get_computed_blocks`.
+        """
+        scheduler = self._scheduler() if self._scheduler is not None else None
+        manager = getattr(scheduler, "kv_cache_manager", None)
+        if manager is None or not manager.enable_caching:
+            return 0
+        return int(manager.coordinator.find_longest_cache_hit(hashes, n_tokens - 1)[1])
+
     def empty_device(self) -> bool:
         """Whether the engine's own prefix cache is empty now."""
         self._on_device.clear()
@@ -266,6 +277,11 @@ class Live:
             manager = getattr(self._scheduler(), "kv_cache_manager", None)
             pool = getattr(manager, "block_pool", None)
         return pool is not None and empty(pool)
+
+
+def tweak_of(epoch: bytes, adapter: bytes, *, approximate: bool) -> bytes:
+    """What is in the keys of blocks beside their tokens and their salt."""
+    return epoch + adapter + (APPROXIMATE if approximate else b"")
 
 
 def empty(pool: BlockPool) -> bool:
