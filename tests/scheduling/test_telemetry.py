@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import prometheus_client
 import pytest
 
+from kvmem.errors import ConfigError
+from kvmem.store import Arena
 from kvmem.store.desk import NotAnswered, ask
 from kvmem.store.live import snapshots
 from kvmem.telemetry.live import Snapshot
@@ -79,6 +84,68 @@ def test_an_answer_that_fails_is_told_to_who_asked_and_to_the_engine(engine: Eng
         ask(engine.half.arena.path, "what is this")
     raw = ask(engine.half.arena.path, "session", session="s")
     assert msgspec.msgpack.decode(raw)["session"] is None
+
+
+# -- spans and log lines -------------------------------------------------------------------------
+
+
+def test_a_request_is_a_span_in_its_callers_trace(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as names
+
+    from kvmem.telemetry import spans
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(spans.trace, "get_tracer", provider.get_tracer)
+    stored(engine, session="s")
+    assert exporter.get_finished_spans() == ()  # its caller sent no trace
+    i = engine.add(PROMPT, session="s")
+    trace_id, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    engine.scheduler.requests[i].trace_headers = {"traceparent": f"00-{trace_id}-{parent}-01"}
+    engine.drain()
+    engine.half.misses.settle()
+    (span,) = exporter.get_finished_spans()
+    assert f"{span.context.trace_id:032x}" == trace_id
+    assert f"{span.parent.span_id:016x}" == parent
+    told = span.attributes
+    assert told[names.GEN_AI_USAGE_INPUT_TOKENS] == len(PROMPT)
+    assert told[names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS] == WHOLE * BLOCK
+    assert told[names.GEN_AI_CONVERSATION_ID] == "s"
+    assert told[names.GEN_AI_RESPONSE_ID] == i
+    assert told[names.GEN_AI_REQUEST_MODEL] == engine.half.page.model
+    assert told[names.GEN_AI_PROVIDER_NAME] == "vllm"
+    assert told["kvmem.tokens.host"] == WHOLE * BLOCK
+    assert span.start_time < span.end_time
+    assert [dict(one.attributes)["kvmem.miss.reason"] for one in span.events] == ["block_floor"]
+
+
+def test_events_are_lines_of_json_in_a_private_file(
+    config: Any, arena_name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "logs" / "events.jsonl"
+    with running(
+        config, asynchronous=True, arena=arena_name, n_host=40, event_log=str(path)
+    ) as engine:
+        stored(engine)
+        engine.generate(PROMPT)
+        engine.half.misses.settle()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["event"] for line in lines} >= {"stored", "loaded", "answered", "missed"}
+    assert all(datetime.fromisoformat(line["at"]) for line in lines)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_that_cant_be_written_stops_the_start_and_leaves_nothing(
+    config: Any, arena_name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="event_log"):
+        Engine(config, asynchronous=True, arena=arena_name, event_log=str(tmp_path))
+    assert not Arena.path_of(arena_name).is_symlink()
 
 
 # -- in vLLM's own metrics -----------------------------------------------------------------------

@@ -28,7 +28,7 @@ from kvmem.engines.vllm.seen import Seen
 from kvmem.engines.vllm.shadow import Shadows
 from kvmem.engines.vllm.storing import Storing
 from kvmem.engines.vllm.tables import BlockTables
-from kvmem.engines.vllm.telemetry import Telemetry
+from kvmem.engines.vllm.telemetry import Telemetry, log_of
 from kvmem.engines.vllm.weights import Live
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
@@ -75,6 +75,7 @@ class SchedulerHalf:
         self.ranks = vllm_config.parallel_config.tensor_parallel_size
         self.namespace = namespace_of(config, vllm_config, kv_cache_config, self.geometry)
         self.bus = events.Bus()
+        event_log = log_of(config)
         self.reclaimed = sweep()
         self.arena = make_arena(config, vllm_config, self.geometry, self.namespace)
         self.disk = open_disk(config, self.arena, self.namespace, self.bus)
@@ -97,7 +98,7 @@ class SchedulerHalf:
         self.proofs = Proofs(self.ranks, self.bus, time.monotonic)
         self.live = Live(self, vllm_config)
         self.misses = Misses(self, getattr(model, "tokenizer", None))
-        self.telemetry = Telemetry(self, vllm_config)
+        self.telemetry = Telemetry(self, vllm_config, event_log)
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -530,7 +531,7 @@ class SchedulerHalf:
         runs = self.misses.finished(seen)
         if runs is not None:
             receipt["misses"] = runs
-        self.telemetry.answered(seen)
+        self.telemetry.answered(seen, runs)
         aborted = str(request.get_finished_reason()) in ("abort", "error")
         may = not (aborted or seen.loading or seen.stale) and seen.wishes.store
         keep = may and self.storing.has_more(seen, tables)

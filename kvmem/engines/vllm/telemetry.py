@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmem import events
+from kvmem.config import Config
 from kvmem.engines.vllm.quoting import Quotes
 from kvmem.engines.vllm.seen import Seen
 from kvmem.store.desk import Desk
 from kvmem.telemetry.live import Cause, Sample, Snapshot, Tier
+from kvmem.telemetry.logs import EventLog
 from kvmem.telemetry.meter import Meter
 
 if TYPE_CHECKING:
@@ -23,24 +27,39 @@ if TYPE_CHECKING:
     from kvmem.engines.vllm.scheduler import SchedulerHalf
     from kvmem.engines.vllm.stats import Deltas, KvmemStats
 
-__all__ = ["Telemetry"]
+__all__ = ["Telemetry", "log_of"]
 
 MANY = 64  # events that are worth a job behind the scheduler
+
+
+def log_of(config: Config) -> EventLog | None:
+    """The log that the setting `event_log` asks for.
+
+    Raises:
+        ConfigError: it can't be written.
+    """
+    return EventLog(Path(config.event_log).expanduser()) if config.event_log is not None else None
 
 
 class Telemetry:
     """The meter and the desk of a `SchedulerHalf`."""
 
-    def __init__(self, half: SchedulerHalf, vllm_config: VllmConfig) -> None:
+    def __init__(
+        self, half: SchedulerHalf, vllm_config: VllmConfig, log: EventLog | None
+    ) -> None:
         self._half = half
+        self._log = log
         self.quotes = Quotes(half, vllm_config)
         self.meter = Meter(half.bus)
         self._desk: Desk | None = None
+        self._model = half.page.model
         self._asked = False  # for the meter's draining
         self._deltas: Deltas | None = None
 
     def open(self) -> None:
         """Begins to answer; an engine whose desk can't be opened runs without it (I9)."""
+        if self._log is not None:
+            self._log.follow(self._half.bus)
         answers = {
             "live": self._live,
             "quote": self.quotes.at_desk,
@@ -53,33 +72,42 @@ class Telemetry:
         except OSError as error:
             self._half.failed("desk", f"it could not be opened: {error}")
 
-    def answered(self, seen: Seen) -> None:
-        """A request is over, and its receipt is whole."""
+    def answered(self, seen: Seen, misses: list[dict[str, Any]] | None) -> None:
+        """A request is over, and its receipt is whole; `misses` are those that it tells of."""
         try:
-            self._emit(seen)
+            self._emit(seen, misses or [])
         except Exception as error:  # noqa: BLE001 a door: a request is not counted, no more (I9)
             self._half.failed("telemetry", f"{type(error).__name__}: {error}")
 
-    def _emit(self, seen: Seen) -> None:
+    def _emit(self, seen: Seen, misses: list[dict[str, Any]]) -> None:
         receipt, request = seen.receipt, seen.request
-        self._half.bus.emit(
-            events.Answered(
-                request_id=request.request_id,
-                session=getattr(request, "session_id", None) or "",
-                prompt=receipt.prompt,
-                device=receipt.device,
-                host=receipt.host,
-                disk=receipt.disk,
-                computed=receipt.computed,
-                began_s=seen.began_s,
-                ended_s=time.time(),
-                disk_s=receipt.disk_ms / 1e3,
-                load_s=receipt.load_ms / 1e3,
-                store_s=receipt.store_ms / 1e3,
-            )
+        one = events.Answered(
+            request_id=request.request_id,
+            session=getattr(request, "session_id", None) or "",
+            prompt=receipt.prompt,
+            device=receipt.device,
+            host=receipt.host,
+            disk=receipt.disk,
+            computed=receipt.computed,
+            began_s=seen.began_s,
+            ended_s=time.time(),
+            disk_s=receipt.disk_ms / 1e3,
+            load_s=receipt.load_ms / 1e3,
+            store_s=receipt.store_ms / 1e3,
         )
+        self._half.bus.emit(one)
+        headers = getattr(request, "trace_headers", None)
+        if headers:
+            self._half.misses.behind(lambda: self._trace(headers, one, misses))
         if self.meter.waits >= MANY and not self._asked:
             self._asked = self._half.misses.behind(self._drain)
+
+    def _trace(
+        self, headers: Mapping[str, str], one: events.Answered, misses: list[dict[str, Any]]
+    ) -> None:
+        from kvmem.telemetry import spans
+
+        spans.tell(headers, one, misses, model=self._model)
 
     def _drain(self) -> None:
         self._asked = False
@@ -143,7 +171,12 @@ class Telemetry:
 
     def samples(self, tiers: tuple[Tier, ...] | None = None) -> list[Sample]:
         """Every series of the catalogue that has a value."""
-        return [*self.meter.samples(), *self._gauges(tiers or self.tiers())]
+        told = [*self.meter.samples(), *self._gauges(tiers or self.tiers())]
+        if self._log is not None and self._log.dropped:
+            told.append(
+                Sample("kvmem_events_dropped_total", ("event_log",), float(self._log.dropped))
+            )
+        return told
 
     def tiers(self) -> tuple[Tier, ...]:
         """Host and, where there is one, disk."""
@@ -230,3 +263,5 @@ class Telemetry:
         if self._desk is not None:
             self._desk.close()
         self.meter.close()
+        if self._log is not None:
+            self._log.close()

@@ -267,6 +267,8 @@ class Live:
         manager = getattr(scheduler, "kv_cache_manager", None)
         if manager is None or not manager.enable_caching:
             return 0
+        if not hasattr(manager.coordinator, "find_longest_cache_hit"):
+            raise ValueError("this vLLM does not say what its own prefix cache would find")
         return int(manager.coordinator.find_longest_cache_hit(hashes, n_tokens - 1)[1])
 
     def empty_device(self) -> bool:
