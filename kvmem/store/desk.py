@@ -21,9 +21,9 @@ from typing import Any
 
 import msgspec
 
-from kvmem.errors import ArenaError, KVMemError
+from kvmem.errors import ArenaError, KVMemError, NotAnswered, NotUnderstood
 
-__all__ = ["Desk", "NotAnswered", "NotUnderstood", "ask"]
+__all__ = ["Desk", "ask"]
 
 MOST_ASKED = 32 << 20  # bytes of a question: a prompt of millions of tokens
 MOST_TOLD = 256 << 20
@@ -34,14 +34,6 @@ _PEER = struct.Struct("3i")  # pid, uid, gid
 log = logging.getLogger("kvmem")
 
 Answer = Callable[[dict[str, Any]], Any]
-
-
-class NotAnswered(KVMemError):
-    """The owner did not answer, or failed at it."""
-
-
-class NotUnderstood(NotAnswered, ValueError):
-    """The owner says what is wrong with the question."""
 
 
 class Desk:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from kvmem.errors import ArenaError
+from kvmem.errors import ArenaError, NotAnswered
 from kvmem.store.arena import list_live
-from kvmem.store.desk import NotAnswered, ask
-from kvmem.telemetry.live import Snapshot
+from kvmem.store.desk import ask
+from kvmem.telemetry.live import SessionDetail, Snapshot
 from kvmem.telemetry.quote import Quote
 
-__all__ = ["quote", "snapshots"]
+__all__ = ["quote", "session", "snapshots"]
 
 NAMING_S = 30.0  # for a break that is named, after the tokenizer was loaded
 
@@ -57,3 +57,12 @@ def quote(path: Path, tokens: Iterable[int], *, session: str = "", salt: str = "
         raise ValueError(f"a prompt's token ids are whole numbers of 32 bits: {error}") from error
     raw = ask(path, "quote", timeout_s=NAMING_S, tokens=packed, session=session, salt=salt)
     return msgspec.msgpack.decode(raw, type=Quote)
+
+
+def session(path: Path, name: str) -> SessionDetail:
+    """What the engine that owns the arena at `path` knows of a session.
+
+    Raises:
+        NotAnswered, FileNotFoundError, ArenaError: there is no engine that answers.
+    """
+    return msgspec.msgpack.decode(ask(path, "session", session=name), type=SessionDetail)

@@ -16,7 +16,17 @@ import msgspec
 
 from kvmem.types import Quarantine
 
-__all__ = ["Cause", "Histogram", "Sample", "Session", "Snapshot", "Tier", "Turn"]
+__all__ = [
+    "Branch",
+    "Cause",
+    "Histogram",
+    "Sample",
+    "Session",
+    "SessionDetail",
+    "Snapshot",
+    "Tier",
+    "Turn",
+]
 
 
 class Tier(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +91,32 @@ class Session(msgspec.Struct):
     last_s: float = 0.0
     missed_ms: float = 0.0
     missed: dict[str, int] = {}
+
+
+class Branch(msgspec.Struct, frozen=True):
+    """One of a session's last prompts with its reply, and the blocks of it that are here now.
+
+    `device`, `host` and `disk` are tokens, as a quote counts them; None where the model has several
+    KV-cache groups, or the prompt an adapter.
+    """
+
+    request_id: str
+    prompt: int
+    blocks: int
+    device: int | None = None
+    host: int | None = None
+    disk: int | None = None
+
+
+class SessionDetail(msgspec.Struct, frozen=True):
+    """One session: its sums, its last requests, why they missed (as `kvmem explain` has it), and
+    its prompts."""
+
+    arena: str
+    session: Session | None
+    turns: tuple[Turn, ...] = ()
+    explained: tuple[dict[str, Any], ...] = ()
+    branches: tuple[Branch, ...] = ()
 
 
 class Cause(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,4 +1,4 @@
-"""A quote: what a prompt would cost if it were sent now. A value, for whoever asks and whoever says.
+"""A quote: what a prompt would cost if it were sent now, as a value.
 
 Tokens are counted, not estimated: sent before anything leaves a tier, the prompt is answered so.
 Milliseconds are estimates by what this engine measured so far; None where it has measured nothing

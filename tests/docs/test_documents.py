@@ -115,9 +115,7 @@ def test_metrics_table_is_the_catalogue_of_metrics() -> None:
 def test_every_event_is_on_the_telemetry_page() -> None:
     from kvmem import events
 
-    tags = {
-        one.__struct_config__.tag for one in events.Event.__subclasses__()
-    }
+    tags = {one.__struct_config__.tag for one in events.Event.__subclasses__()}
     page = metrics_table.PAGE.read_text().partition("## Events")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == tags
 

@@ -1,4 +1,4 @@
-"""A quote is what then happens, on vLLM's own schedulers: tokens by tier, what broke, nobody else's."""
+"""A quote is what then happens, on vLLM's schedulers: tokens by tier, what broke, nobody else's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvmem.errors import NotAnswered
 from kvmem.store import set_switch
-from kvmem.store.desk import NotAnswered, ask
+from kvmem.store.desk import ask
 from kvmem.telemetry.quote import Quote
 from tests.scheduling.engine import GROUPS, Engine, running
 from tests.scheduling.forward import BLOCK

@@ -12,9 +12,9 @@ import msgspec
 import prometheus_client
 import pytest
 
-from kvmem.errors import ConfigError
+from kvmem.errors import ConfigError, NotAnswered
 from kvmem.store import Arena
-from kvmem.store.desk import NotAnswered, ask
+from kvmem.store.desk import ask
 from kvmem.store.live import snapshots
 from kvmem.telemetry.live import Snapshot
 from tests.scheduling.engine import Engine, InjectedError, running

@@ -273,15 +273,19 @@ def test_prometheus_reads_what_was_counted() -> None:
         bus.emit(event)
     told = meter.samples()
     text = exposition([snapshot(told), snapshot(told, 2)]).decode()
-    order = list(dict.fromkeys((*LABELS, *(label for one in METRICS for label in one.labels), "le")))
+    order = list(
+        dict.fromkeys((*LABELS, *(label for one in METRICS for label in one.labels), "le"))
+    )
     found = {
-        (sample.name, tuple(sample.labels[label] for label in order if label in sample.labels)):
-            sample.value
+        (
+            sample.name,
+            tuple(sample.labels[label] for label in order if label in sample.labels),
+        ): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    assert found["kvmem_prompt_tokens_total", ("m", "1", "disk")] == 60
-    assert found["kvmem_prompt_tokens_total", ("m", "2", "disk")] == 60
+    assert found["kvmem_prompt_tokens_total", ("m", "1", "disk")] == 90
+    assert found["kvmem_prompt_tokens_total", ("m", "2", "disk")] == 90
     assert found["kvmem_load_seconds_bucket", ("m", "1", "0.1")] == 1
     assert found["kvmem_load_seconds_bucket", ("m", "1", "0.05")] == 0
     assert found["kvmem_load_seconds_bucket", ("m", "1", "+Inf")] == 1

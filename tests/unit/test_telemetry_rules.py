@@ -94,8 +94,8 @@ def test_what_is_grouped_by_is_a_label_of_the_metric(name: str, expr: str) -> No
             yield labels, one.expr
             yield from walk(one.expr)
             return
-        for inside in (getattr(one, "expr", None), getattr(one, "lhs", None), getattr(one, "rhs", None),
-                       *(getattr(one, "args", None) or ())):  # fmt: skip
+        named = (getattr(one, name, None) for name in ("expr", "lhs", "rhs"))
+        for inside in (*named, *(getattr(one, "args", None) or ())):
             if inside is not None:
                 yield from walk(inside)
 

@@ -1,7 +1,7 @@
 """kvmem's routes on vLLM's own server.
 
     GET  /v1/kvmem/switch                        {"loads": true, "stores": true}
-    POST /v1/kvmem/switch {"loads": false}       the same, as it stands then; what is not named stays
+    POST /v1/kvmem/switch {"loads": false}       the same, as it then stands; the rest stays
     POST /v1/kvmem/quote {"messages": [...]}     what that prompt would find, and what it would cost
     GET  /v1/kvmem/metrics                       kvmem's metrics as they are now, for Prometheus
 

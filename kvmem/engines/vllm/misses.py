@@ -18,7 +18,7 @@ from kvmem.engines.vllm.seen import Seen
 from kvmem.explain.misses.behind import Behind
 from kvmem.explain.misses.explainer import Case, Explainer, named, told_of
 from kvmem.explain.misses.naming import Namer
-from kvmem.explain.misses.past import Prompt
+from kvmem.explain.misses.past import Past, Prompt
 from kvmem.explain.misses.runs import Lookup, Run
 from kvmem.explain.misses.sums import LEAST_STEP
 
@@ -239,6 +239,13 @@ class Misses:
         self._behind.finish()
         self.explainer.wait_for_name(case, patience_s)
         return [told_of(named(run, case.broken)) for run in runs]
+
+    def of_session(self, session: str) -> list[Past]:
+        """The session's last prompts, the latest first. Any thread may ask."""
+        found: list[Past] = []
+        self._behind.add(lambda: found.extend(self.explainer.pasts.of_session(session)))
+        self._behind.finish()
+        return found
 
     # -- for others --------------------------------------------------------------------------
 

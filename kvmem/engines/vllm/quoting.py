@@ -3,7 +3,7 @@
 It is looked up as a request is, and nothing is changed by it: no lease, no use of a block, no read
 from the disk, no prompt that is remembered. The look-up runs on the desk's thread; the comparison
 with earlier prompts runs in turn with the explainer's other jobs. The prompt's keys hold its salt,
-so a quote sees that salt's blocks and nobody else's, and is compared with that salt's prompts (I11).
+so a quote sees that salt's blocks and nobody else's, and is compared with its prompts only (I11).
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.weights import tweak_of
+from kvmem.explain.misses.past import KEY, Past
 from kvmem.explain.misses.runs import Lookup
 from kvmem.hashing import BlockHasher, TokenCursor, session_extra_keys
+from kvmem.telemetry.live import Branch
 from kvmem.telemetry.quote import Quote
 
 if TYPE_CHECKING:
@@ -93,6 +97,19 @@ class Quotes:
             running=half.n_running,
             exact=not approximate,
         )
+
+    def branch(self, past: Past) -> Branch:
+        """An earlier prompt, and what of it is here now."""
+        half, shapes = self._half, self._half.geometry.shapes
+        raw = bytes(past.keys)
+        hashes = [raw[at : at + KEY] for at in range(0, len(raw), KEY)]
+        told = Branch(past.request_id, past.n_prompt, len(hashes))
+        if len(shapes) != 1 or past.adapter or past.weights != half.live.epoch:
+            return told
+        n_tokens = len(hashes) * shapes[0].block_tokens
+        start = half.live.on_device(hashes, n_tokens + 1)
+        host, stop, _ = half.cache.look([hashes], start=start, limit=n_tokens)
+        return msgspec.structs.replace(told, device=start, host=host - start, disk=stop - host)
 
     def _prefill_ms(self, n_tokens: int) -> float | None:
         pace = self._half.misses.explainer.pace.s_per_token

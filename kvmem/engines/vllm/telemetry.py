@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from kvmem import events
 from kvmem.config import Config
 from kvmem.engines.vllm.quoting import Quotes
 from kvmem.engines.vllm.seen import Seen
 from kvmem.store.desk import Desk
-from kvmem.telemetry.live import Cause, Sample, Snapshot, Tier
+from kvmem.telemetry.live import Cause, Sample, SessionDetail, Snapshot, Tier
 from kvmem.telemetry.logs import EventLog
 from kvmem.telemetry.meter import Meter
 
@@ -44,9 +46,7 @@ def log_of(config: Config) -> EventLog | None:
 class Telemetry:
     """The meter and the desk of a `SchedulerHalf`."""
 
-    def __init__(
-        self, half: SchedulerHalf, vllm_config: VllmConfig, log: EventLog | None
-    ) -> None:
+    def __init__(self, half: SchedulerHalf, vllm_config: VllmConfig, log: EventLog | None) -> None:
         self._half = half
         self._log = log
         self.quotes = Quotes(half, vllm_config)
@@ -61,6 +61,7 @@ class Telemetry:
         if self._log is not None:
             self._log.follow(self._half.bus)
         answers = {
+            "block": self._block,
             "live": self._live,
             "quote": self.quotes.at_desk,
             "session": self._session,
@@ -127,14 +128,23 @@ class Telemetry:
         since = asked.get("events_since")
         return self.snapshot(int(asked.get("sessions", 50)), since)
 
-    def _session(self, asked: dict[str, Any]) -> dict[str, Any]:
-        session, turns = self.meter.session(str(asked["session"]))
-        explained = [
-            record.explained
-            for record in self._half.misses.explainer.recent.copy()
-            if record.explained.session == asked["session"]
-        ]
-        return {"session": session, "turns": turns, "explained": explained}
+    def _session(self, asked: dict[str, Any]) -> SessionDetail:
+        name, misses = str(asked.get("session") or ""), self._half.misses
+        session, turns = self.meter.session(name)
+        explained = [one.explained for one in misses.explainer.recent.copy()]
+        return SessionDetail(
+            self._half.arena.path.name,
+            session,
+            tuple(turns),
+            tuple(msgspec.to_builtins(one) for one in explained if one.session == name),
+            tuple(self.quotes.branch(past) for past in misses.of_session(name)),
+        )
+
+    def _block(self, asked: dict[str, Any]) -> dict[str, str]:
+        key, group = asked.get("key"), int(asked.get("group") or 0)
+        if not isinstance(key, bytes) or len(key) != 32:
+            raise ValueError("a block's key has 32 bytes")
+        return {"fate": self._half.cache.fate(group, key)}
 
     def snapshot(self, sessions: int = 50, events_since: int | None = None) -> Snapshot:
         """How it stands now. Any thread may ask."""
