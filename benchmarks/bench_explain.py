@@ -6,7 +6,8 @@ Two parts. The labelled set: recorded conversations, each broken in every way th
 for (`benchmarks/_explain_set.py`), and what the explainer says of the next turn. The cost: vLLM's
 own scheduler with kvmem's connector in both of its roles, as in `bench_connector`, and agents that
 come back turn after turn; the calls of the scheduler's half into its explainer are timed in CPU
-time of the scheduler's thread and summed over requests. One turn in twenty breaks its prefix.
+time of the scheduler's thread and summed over requests. One turn in twenty breaks its prefix. So are
+its calls into its telemetry, by themselves, and what vLLM asks of it after each step.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ BLOCK = 16
 FIRST_TOKENS, TURN_TOKENS, REPLY_TOKENS = 4096, 400, 40
 BREAKS = 20  # one turn in so many
 TIMED = ("looked_up", "finished", "step", "_evicted", "page")
+TELEMETRY = ("answered", "stats")
 
 
 def accuracy(folder: Path | None, most: int) -> dict[str, float]:
@@ -55,8 +57,12 @@ def accuracy(folder: Path | None, most: int) -> dict[str, float]:
 class _Clock:
     """CPU microseconds of the scheduler's thread inside its explainer, by request or by step."""
 
-    def __init__(self, misses: Any) -> None:
+    def __init__(self, misses: Any, telemetry: Any) -> None:
         self.us: dict[str, list[float]] = {name: [] for name in TIMED}
+        self.telemetry_us: list[float] = []
+        for name in TELEMETRY:
+            timed = self._timed_into(self.telemetry_us, getattr(telemetry, name))
+            setattr(telemetry, name, timed)
         for name in TIMED:
             setattr(misses, name, self._timed(name, getattr(misses, name)))
         self.behind_us: list[float] = []
@@ -84,6 +90,9 @@ class _Clock:
                 us.append((time.thread_time_ns() - begin) / 1e3)
 
         return timed
+
+    def total_telemetry_us(self) -> float:
+        return sum(self.telemetry_us) - len(self.telemetry_us) * self.cost_us
 
     def total_us(self) -> float:
         return sum(sum(us) - len(us) * self.cost_us for us in self.us.values())
@@ -114,7 +123,8 @@ def cost(agents: int, turns: int, *, named: bool) -> dict[str, float]:
         hash_fn = get_hash_fn_by_name(engine.config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         hasher = get_request_block_hasher(BLOCK, hash_fn)
-        clock = _Clock(engine.scheduler.connector.scheduler.misses)
+        half = engine.scheduler.connector.scheduler
+        clock = _Clock(half.misses, half.telemetry)
         rng = np.random.default_rng(1)
         head = rng.integers(100, 40_000, 1024).tolist()
         prompts = [head + rng.integers(100, 40_000, FIRST_TOKENS - 1024).tolist()
@@ -145,6 +155,8 @@ def cost(agents: int, turns: int, *, named: bool) -> dict[str, float]:
             "end_us": statistics.fmean(clock.us["finished"]) - clock.cost_us,
             "page_us": sum(clock.us["page"]) / n,
             "behind_us": sum(clock.behind_us) / n,
+            "telemetry_us": clock.total_telemetry_us() / n,
+            "steps": sum(1 for _ in clock.us["step"]) / n,
             "p99_us": percentile(clock.us["looked_up"], 0.99),
             "looks": len(clock.us["looked_up"]) / n,
         }
@@ -204,6 +216,8 @@ def main() -> None:
     for named, one in by_name.items():
         print("named" if named else "nameless", {k: round(v, 2) for k, v in one.items()})
     figures["us_per_request"] = round(max(one["us"] for one in by_name.values()), 2)
+    telemetry = max(one["telemetry_us"] for one in by_name.values())
+    figures["telemetry_us_per_request"] = round(telemetry, 2)
     figures["behind_us_per_request"] = round(max(one["behind_us"] for one in by_name.values()), 1)
     finish(figures)
 

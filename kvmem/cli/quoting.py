@@ -44,7 +44,9 @@ def run(
     for name, value in (("session_id", session), ("cache_salt", salt)):
         if value is not None:
             body[name] = value
-    prompt = (body.get("kv_transfer_params") or {}).get("prompt_token_ids", body.get("prompt"))
+    params = body.get("kv_transfer_params")
+    params = params if isinstance(params, dict) else {}
+    prompt = params.get("prompt_token_ids", body.get("prompt"))
     if url is None and isinstance(prompt, list):
         engines = switching.engines(arena)
         if not engines:

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -20,7 +20,7 @@ from kvmem import events
 from kvmem.telemetry.live import Histogram, Sample, Session, Turn
 from kvmem.telemetry.metrics import MOST_SERIES, OTHER, metric
 
-__all__ = ["Meter"]
+__all__ = ["Changes", "Meter"]
 
 MOST_WAITING = 8192
 MOST_SESSIONS = 10_000
@@ -31,6 +31,14 @@ MOST_TURNS_MISSED = 4096  # requests whose session is remembered for what is tol
 ID_CHARS = 96  # of a session's or a request's name: they are a client's to choose
 
 Labels = tuple[str, ...]
+
+
+class Changes(NamedTuple):
+    """By series how much more; observations with their metric, and how many of those were lost."""
+
+    counters: dict[tuple[str, Labels], float]
+    observed: list[tuple[str, float]]
+    lost: int
 
 
 class Meter:
@@ -61,7 +69,8 @@ class Meter:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._session_of: OrderedDict[str, str] = OrderedDict()
         self._turns: deque[Turn] = deque(maxlen=MOST_TURNS)
-        self._events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
+        self._events: deque[events.Event] = deque(maxlen=MOST_EVENTS)
+        self._changes: dict[tuple[str, Labels], float] = {}  # since `take_changes`
         self.n_events = 0
         self.dropped = 0
         self.close = bus.subscribe(self._take)
@@ -96,15 +105,16 @@ class Meter:
             if count is not None:
                 count(self, event)
             self.n_events += 1
-            self._events.append(msgspec.to_builtins(event))
+            self._events.append(event)
 
-    def count(self, name: str, labels: Labels, by: float = 1.0) -> None:
+    def _add(self, name: str, labels: Labels, by: float = 1.0) -> None:
         """Adds to a counter's series; one too many counts as "other"."""
-        at = (name, labels)
-        if at not in self._values:
+        at, values, changes = (name, labels), self._values, self._changes
+        if at not in values:
             at = self._admit(name, labels)
-            self._values.setdefault(at, 0.0)
-        self._values[at] += by
+            values.setdefault(at, 0.0)
+        values[at] += by
+        changes[at] = changes.get(at, 0.0) + by
 
     def _admit(self, name: str, labels: Labels) -> tuple[str, Labels]:
         n = self._n_series.get(name, 0)
@@ -112,6 +122,11 @@ class Meter:
             return name, (OTHER,) * len(labels)
         self._n_series[name] = n + 1
         return name, labels
+
+    def count(self, name: str, labels: Labels, by: float = 1.0) -> None:
+        """Counts what is no event."""
+        with self._lock:
+            self._add(name, labels, by)
 
     def _observe(self, name: str, value: float) -> None:
         bounds = metric(name).buckets
@@ -125,11 +140,11 @@ class Meter:
     # -- events ------------------------------------------------------------------------------
 
     def _answered(self, one: events.Answered) -> None:
-        self.count("kvmem_requests_total", ())
+        self._add("kvmem_requests_total", ())
         for source in ("device", "host", "disk", "computed"):
             n = getattr(one, source)
             if n:
-                self.count("kvmem_prompt_tokens_total", (source,), n)
+                self._add("kvmem_prompt_tokens_total", (source,), n)
         if one.disk_s:
             self._observe("kvmem_disk_wait_seconds", one.disk_s)
         name = one.session[:ID_CHARS]
@@ -159,57 +174,57 @@ class Meter:
     def _missed(self, one: events.Missed) -> None:
         session = self._sessions.get(self._session_of.get(one.request_id, ""))
         if one.was:
-            self.count("kvmem_renamed_tokens_total", (one.was, one.reason), one.tokens)
+            self._add("kvmem_renamed_tokens_total", (one.was, one.reason), one.tokens)
             if session is not None:
                 session.missed[one.was] = session.missed.get(one.was, 0) - one.tokens
                 session.missed[one.reason] = session.missed.get(one.reason, 0) + one.tokens
             return
-        self.count("kvmem_missed_tokens_total", (one.reason,), one.tokens)
-        self.count("kvmem_missed_seconds_total", (one.reason,), one.ms / 1e3)
+        self._add("kvmem_missed_tokens_total", (one.reason,), one.tokens)
+        self._add("kvmem_missed_seconds_total", (one.reason,), one.ms / 1e3)
         if session is not None:
             session.missed[one.reason] = session.missed.get(one.reason, 0) + one.tokens
             session.missed_ms += one.ms
 
     def _stored(self, one: events.Stored) -> None:
         if one.blocks:
-            self.count("kvmem_moved_blocks_total", ("host", "in"), one.blocks)
-            self.count("kvmem_moved_bytes_total", ("host", "in"), one.bytes)
+            self._add("kvmem_moved_blocks_total", ("host", "in"), one.blocks)
+            self._add("kvmem_moved_bytes_total", ("host", "in"), one.bytes)
             self._observe("kvmem_store_seconds", one.seconds)
 
     def _loaded(self, one: events.Loaded) -> None:
-        self.count("kvmem_moved_blocks_total", (one.tier, "out"), one.blocks)
-        self.count("kvmem_moved_bytes_total", (one.tier, "out"), one.bytes)
+        self._add("kvmem_moved_blocks_total", (one.tier, "out"), one.blocks)
+        self._add("kvmem_moved_bytes_total", (one.tier, "out"), one.bytes)
         self._observe("kvmem_load_seconds", one.seconds)
 
     def _evicted(self, one: events.Evicted) -> None:
-        self.count("kvmem_evicted_blocks_total", (one.tier, one.cause), one.blocks)
+        self._add("kvmem_evicted_blocks_total", (one.tier, one.cause), one.blocks)
 
     def _quarantined(self, one: events.Quarantined) -> None:
-        self.count("kvmem_quarantined_blocks_total", (one.tier, one.reason), one.blocks)
+        self._add("kvmem_quarantined_blocks_total", (one.tier, one.reason), one.blocks)
 
     def _refused(self, one: events.Refused) -> None:
-        self.count("kvmem_refused_blocks_total", (one.reason,), one.blocks)
+        self._add("kvmem_refused_blocks_total", (one.reason,), one.blocks)
 
     def _cleared(self, one: events.Cleared) -> None:
-        self.count("kvmem_cleared_blocks_total", (one.reason,), one.blocks)
+        self._add("kvmem_cleared_blocks_total", (one.reason,), one.blocks)
 
     def _shadowed(self, one: events.Shadowed) -> None:
         outcomes = {"equal": one.equal, "bad": one.bad, "close": one.blocks - one.equal - one.bad}
         for outcome, n in outcomes.items():
             if n:
-                self.count("kvmem_shadowed_blocks_total", (outcome,), n)
+                self._add("kvmem_shadowed_blocks_total", (outcome,), n)
 
     def _proof(self, one: events.Proof) -> None:
-        self.count("kvmem_proofs_total", (one.tier, "failed" if one.error else "passed"))
+        self._add("kvmem_proofs_total", (one.tier, "failed" if one.error else "passed"))
 
     def _tier_off(self, one: events.TierOff) -> None:
-        self.count("kvmem_tier_changes_total", (one.tier, "off"))
+        self._add("kvmem_tier_changes_total", (one.tier, "off"))
 
     def _tier_on(self, one: events.TierOn) -> None:
-        self.count("kvmem_tier_changes_total", (one.tier, "on"))
+        self._add("kvmem_tier_changes_total", (one.tier, "on"))
 
     def _failure(self, one: events.Failure) -> None:
-        self.count("kvmem_failures_total", (one.where,))
+        self._add("kvmem_failures_total", (one.where,))
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -221,8 +236,6 @@ class Meter:
             for (name, labels), row in self._histograms.items():
                 counts = tuple(int(n) for n in row[:-1])
                 told.append(Sample(name, labels, Histogram(counts, row[-1])))
-        if self.dropped:
-            told.append(Sample("kvmem_events_dropped_total", ("meter",), float(self.dropped)))
         return told
 
     def disk_waits(self) -> tuple[float, int]:
@@ -233,15 +246,16 @@ class Meter:
             tokens = self._values.get(("kvmem_prompt_tokens_total", ("disk",)), 0.0)
             return (row[-1] if row else 0.0), int(tokens)
 
-    def take_observed(self) -> tuple[list[tuple[str, float]], int]:
-        """The observations since this was asked last, by their metric, and how many were lost."""
+    def take_changes(self) -> Changes:
+        """What was counted since this was asked last, for one who adds it up."""
         with self._lock:
             self._drain()
-            told = list(self._observed)
-            lost = self._n_observed - len(told)
+            counters, self._changes = self._changes, {}
+            observed = list(self._observed)
+            lost = self._n_observed - len(observed)
             self._observed.clear()
             self._n_observed = 0
-        return told, lost
+        return Changes(counters, observed, lost)
 
     def sessions(self, most: int) -> tuple[list[Session], int]:
         """The sessions used last, the latest first, and how many are remembered."""
@@ -271,7 +285,8 @@ class Meter:
         with self._lock:
             self._drain()
             new = min(len(self._events), max(0, self.n_events - since))
-            return list(self._events)[len(self._events) - new :]
+            told = list(self._events)[len(self._events) - new :]
+        return [msgspec.to_builtins(event) for event in told]
 
 
 _COUNT: dict[type[events.Event], Callable[[Meter, Any], None]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -190,8 +191,6 @@ def sample(name: str, **labels: str) -> float | None:
 def test_vllms_own_metrics_say_what_happened(engine: Engine, served: Any) -> None:
     stored(engine)
     engine.generate(PROMPT)
-    engine.half.misses.settle()
-    engine.half.telemetry.stats()  # as a next step would, were there one
     assert sample("kvmem_requests_total") == 2
     assert sample("kvmem_prompt_tokens_total", source="host") == WHOLE * BLOCK
     assert sample("kvmem_tier_up", tier="host") == 1
@@ -211,6 +210,36 @@ def test_what_requests_missed_is_in_vllms_metrics_with_the_next_one(
     engine.half.misses.settle()
     engine.generate(PROMPT)
     assert sample("kvmem_missed_tokens_total", reason="first_time") == WHOLE * BLOCK
+
+
+def test_figures_of_a_busy_engine_are_made_behind_it_and_add_up(
+    engine: Engine, served: Any
+) -> None:
+    """Nothing is made in the scheduler's thread while requests run."""
+    half, made = engine.half, list[str]()
+    half.telemetry.stats()
+    deltas = half.telemetry._deltas
+    real = deltas._make
+
+    def make() -> None:
+        made.append(threading.current_thread().name)
+        real()
+
+    deltas._make, deltas._next_s = make, 0.0
+    behind = threading.Thread(target=half.misses.settle, name="behind")
+    engine.add(PROMPT, 40)
+    for _ in range(10):
+        engine.step()
+    assert made == []
+    behind.start()
+    behind.join()
+    assert made == ["behind"]
+    engine.drain()
+    assert set(made[1:]) == {"MainThread"}  # the last request is over
+    assert sample("kvmem_requests_total") == 1
+    assert (
+        sample("kvmem_moved_blocks_total", tier="host", direction="in") == half.totals.blocks_stored
+    )
 
 
 def test_metrics_that_fail_do_not_reach_vllm(

@@ -139,9 +139,9 @@ async def _quote(request: Request) -> Response:
         tokens = await _tokens_of(request, body)
     except _NotQuotedError as no:
         return no.answer
-    session = body.get("session_id") or request.headers.get("x-session-id") or ""
-    salt = body.get("cache_salt") or ""
-    for name, value in (("session_id", session), ("cache_salt", salt)):
+    named = {"session_id": request.headers.get("x-session-id"), "cache_salt": None}
+    session, salt = ("" if (v := body.get(n, named[n])) is None else v for n in named)
+    for name, value in zip(named, (session, salt), strict=True):
         if not isinstance(value, str):
             return _error(400, "It must be a string", name)
 
@@ -162,7 +162,10 @@ async def _quote(request: Request) -> Response:
 
 async def _tokens_of(request: Request, body: dict[str, Any]) -> list[int]:
     """The ids that the engine would be sent for this body."""
-    given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids", body.get("prompt"))
+    params = body.get("kv_transfer_params")
+    if not isinstance(params, dict | None):
+        raise _NotQuotedError(_error(400, "It must be an object", "kv_transfer_params"))
+    given = (params or {}).get("prompt_token_ids", body.get("prompt"))
     if isinstance(given, list):
         try:
             return msgspec.convert(given, list[int])

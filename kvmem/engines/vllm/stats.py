@@ -12,6 +12,7 @@ engine). What fails in here costs a figure (I9).
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvmem.telemetry.live import Histogram as Buckets
-from kvmem.telemetry.metrics import METRICS, metric
+from kvmem.telemetry.metrics import METRICS
 
 if TYPE_CHECKING:
     from kvmem.engines.vllm.telemetry import Telemetry
@@ -87,49 +87,54 @@ class KvmemStats(KVConnectorStats):
 
 
 class Deltas:
-    """What changed in an engine's figures since they were told last; the scheduler's thread asks.
+    """What changed in an engine's figures since they were told last; asked after each step.
 
-    At most once a second while requests run, since a step is not to wait for it; at once when the
-    last of them is over, since there may be no step for a long time.
+    While requests run it is made ready behind the scheduler, once a second, and handed over by a
+    later step. When the last of them is over it is made at once: there may be no step for long.
     """
 
     def __init__(self, telemetry: Telemetry, clock: Callable[[], float] = time.monotonic) -> None:
         self._telemetry = telemetry
         self._clock = clock
         self._next_s = 0.0
-        self._told: dict[_Series, float] = {}
+        self._gauges: dict[_Series, float] = {}
+        self._lock = threading.Lock()  # held while it is made
+        self._ready: KvmemStats | None = None
+        self._asked = False
 
-    def take(self, *, idle: bool) -> KvmemStats | None:
-        """The differences; None where it is not time, or there are none."""
-        now = self._clock()
-        if now < self._next_s and not (idle and self._telemetry.meter.waits):
-            return None
-        self._next_s = now + EVERY_S
-        observed, lost = self._telemetry.meter.take_observed()
-        if lost:
-            self._telemetry.meter.count("kvmem_events_dropped_total", ("histogram",), lost)
-        counters, gauges = [], []
-        for sample in self._telemetry.samples():
-            kind, value = metric(sample.name).kind, sample.value
-            if isinstance(value, Buckets):
-                continue
-            at = (sample.name, sample.labels)
-            before = self._told.get(at)
-            if value == before:
-                continue
-            self._told[at] = value
-            if kind == "counter":
-                counters.append([sample.name, list(sample.labels), value - (before or 0.0)])
-            else:
-                gauges.append([sample.name, list(sample.labels), value])
-        stats = KvmemStats(
-            {
-                "counters": counters,
-                "gauges": gauges,
-                "observed": [list(one) for one in observed],
-            }
-        )
-        return None if stats.is_empty() else stats
+    def take(self, *, idle: bool, behind: Callable[[Callable[[], None]], bool]) -> Any:
+        """The differences, a `KvmemStats`; None where it is not time, or there are none."""
+        if idle:
+            if self._telemetry.meter.waits or self._ready is not None:
+                self._make()
+        elif not self._asked and self._clock() >= self._next_s:
+            self._next_s = self._clock() + EVERY_S
+            self._asked = behind(self._make)
+        ready, self._ready = self._ready, None
+        return ready
+
+    def _make(self) -> None:
+        with self._lock:
+            self._asked = False
+            changes = self._telemetry.meter.take_changes()
+            counters = [[name, list(at), more] for (name, at), more in changes.counters.items()]
+            if changes.lost:
+                counters.append(["kvmem_events_dropped_total", ["histogram"], changes.lost])
+            gauges = []
+            for name, labels, value in self._telemetry.now():
+                at = (name, labels)
+                before = self._gauges.get(at)
+                if value == before:
+                    continue
+                self._gauges[at] = value
+                if name.endswith("_total"):
+                    counters.append([name, list(labels), value - (before or 0.0)])
+                else:
+                    gauges.append([name, list(labels), value])
+            observed = [list(one) for one in changes.observed]
+            made = KvmemStats({"counters": counters, "gauges": gauges, "observed": observed})
+            before_it = self._ready
+            self._ready = made if before_it is None else before_it.aggregate(made)
 
 
 class KvmemPromMetrics(KVConnectorPromMetrics):

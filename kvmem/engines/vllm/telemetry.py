@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,8 @@ class Telemetry:
             from kvmem.engines.vllm.stats import Deltas
 
             self._deltas = Deltas(self)
-        return self._deltas.take(idle=not self._half.n_running)
+        half = self._half
+        return self._deltas.take(idle=not half.n_running, behind=half.misses.behind)
 
     # -- at the desk, on its thread ----------------------------------------------------------
 
@@ -181,12 +182,7 @@ class Telemetry:
 
     def samples(self, tiers: tuple[Tier, ...] | None = None) -> list[Sample]:
         """Every series of the catalogue that has a value."""
-        told = [*self.meter.samples(), *self._gauges(tiers or self.tiers())]
-        if self._log is not None and self._log.dropped:
-            told.append(
-                Sample("kvmem_events_dropped_total", ("event_log",), float(self._log.dropped))
-            )
-        return told
+        return [*self.meter.samples(), *(Sample(*one) for one in self.now(tiers))]
 
     def tiers(self) -> tuple[Tier, ...]:
         """Host and, where there is one, disk."""
@@ -234,39 +230,39 @@ class Telemetry:
         )
         return (host, disk)
 
-    def _gauges(self, tiers: tuple[Tier, ...]) -> list[Sample]:
+    def now(
+        self, tiers: tuple[Tier, ...] | None = None
+    ) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        """What is not counted from events, each with its labels: gauges, and others' sums."""
         half = self._half
-        told = []
-        for tier in tiers:
+        for tier in tiers or self.tiers():
             at = (tier.name,)
-            told += [
-                Sample("kvmem_tier_up", at, float(tier.on)),
-                Sample("kvmem_tier_blocks", at, float(tier.blocks)),
-                Sample("kvmem_tier_bytes", at, float(tier.bytes)),
-                Sample("kvmem_tier_capacity_bytes", at, float(tier.capacity_bytes)),
-                Sample("kvmem_leased_blocks", at, float(tier.leased)),
-            ]
-            if tier.name != "host":  # the host's are counted from its events
-                told += [
-                    Sample("kvmem_moved_blocks_total", (tier.name, "in"), float(tier.in_blocks)),
-                    Sample("kvmem_moved_bytes_total", (tier.name, "in"), float(tier.in_bytes)),
-                    Sample("kvmem_moved_blocks_total", (tier.name, "out"), float(tier.out_blocks)),
-                    Sample("kvmem_moved_bytes_total", (tier.name, "out"), float(tier.out_bytes)),
-                ]
-        queues = {
-            "disk": sum(tier.under_way for tier in tiers if tier.name == "disk"),
-            "store": len(half.storing.outstanding),
-            "explain": half.misses.waiting,
-        }
+            yield "kvmem_tier_up", at, float(tier.on)
+            yield "kvmem_tier_blocks", at, float(tier.blocks)
+            yield "kvmem_tier_bytes", at, float(tier.bytes)
+            yield "kvmem_tier_capacity_bytes", at, float(tier.capacity_bytes)
+            yield "kvmem_leased_blocks", at, float(tier.leased)
+            if tier.name == "host":  # what is moved there is counted from its events
+                continue
+            yield "kvmem_moved_blocks_total", (tier.name, "in"), float(tier.in_blocks)
+            yield "kvmem_moved_bytes_total", (tier.name, "in"), float(tier.in_bytes)
+            yield "kvmem_moved_blocks_total", (tier.name, "out"), float(tier.out_blocks)
+            yield "kvmem_moved_bytes_total", (tier.name, "out"), float(tier.out_bytes)
+            yield "kvmem_queue_depth", at, float(tier.under_way)
+        yield "kvmem_queue_depth", ("store",), float(len(half.storing.outstanding))
+        yield "kvmem_queue_depth", ("explain",), float(half.misses.waiting)
         off = half.off()
-        told += [Sample("kvmem_queue_depth", (name,), float(n)) for name, n in queues.items()]
-        told += [Sample("kvmem_off", (what,), float(what in off)) for what in ("loads", "stores")]
-        told += [
-            Sample("kvmem_running_requests", (), float(half.n_running)),
-            Sample("kvmem_sessions", (), float(self.meter.n_sessions)),
-            Sample("kvmem_prefill_seconds_per_token", (), half.misses.explainer.pace.s_per_token),
-        ]
-        return told
+        for what in ("loads", "stores"):
+            yield "kvmem_off", (what,), float(what in off)
+        yield "kvmem_running_requests", (), float(half.n_running)
+        yield "kvmem_sessions", (), float(self.meter.n_sessions)
+        yield "kvmem_prefill_seconds_per_token", (), half.misses.explainer.pace.s_per_token
+        for reader, dropped in (
+            ("meter", self.meter.dropped),
+            ("event_log", self._log.dropped if self._log is not None else 0),
+        ):
+            if dropped:
+                yield "kvmem_events_dropped_total", (reader,), float(dropped)
 
     def close(self) -> None:
         """Ends the desk's thread."""
