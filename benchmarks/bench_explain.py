@@ -6,8 +6,8 @@ Two parts. The labelled set: recorded conversations, each broken in every way th
 for (`benchmarks/_explain_set.py`), and what the explainer says of the next turn. The cost: vLLM's
 own scheduler with kvmem's connector in both of its roles, as in `bench_connector`, and agents that
 come back turn after turn; the calls of the scheduler's half into its explainer are timed in CPU
-time of the scheduler's thread and summed over requests. One turn in twenty breaks its prefix. So are
-its calls into its telemetry, by themselves, and what vLLM asks of it after each step.
+time of the scheduler's thread and summed over requests. One turn in twenty breaks its prefix. Its
+calls into its telemetry, and what vLLM asks of that after each step, are summed by themselves.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ class _Clock:
 
     def __init__(self, misses: Any, telemetry: Any) -> None:
         self.us: dict[str, list[float]] = {name: [] for name in TIMED}
-        self.telemetry_us: list[float] = []
-        for name in TELEMETRY:
-            timed = self._timed_into(self.telemetry_us, getattr(telemetry, name))
-            setattr(telemetry, name, timed)
+        self.telemetry_us: dict[str, list[float]] = {name: [] for name in TELEMETRY}
+        for name, us in self.telemetry_us.items():
+            setattr(telemetry, name, self._timed_into(us, getattr(telemetry, name)))
         for name in TIMED:
             setattr(misses, name, self._timed(name, getattr(misses, name)))
         self.behind_us: list[float] = []
@@ -91,11 +90,8 @@ class _Clock:
 
         return timed
 
-    def total_telemetry_us(self) -> float:
-        return sum(self.telemetry_us) - len(self.telemetry_us) * self.cost_us
-
-    def total_us(self) -> float:
-        return sum(sum(us) - len(us) * self.cost_us for us in self.us.values())
+    def total_us(self, timed: dict[str, list[float]]) -> float:
+        return sum(sum(us) - len(us) * self.cost_us for us in timed.values())
 
 
 def _request(number: int, session: str, tokens: list[int], hasher: Any) -> Request:
@@ -150,13 +146,15 @@ def cost(agents: int, turns: int, *, named: bool) -> dict[str, float]:
         if explained != n:
             raise RuntimeError(f"{explained} of {n} requests were explained")
         return {
-            "us": clock.total_us() / n,
+            "us": clock.total_us(clock.us) / n,
             "look_us": statistics.fmean(clock.us["looked_up"]) - clock.cost_us,
             "end_us": statistics.fmean(clock.us["finished"]) - clock.cost_us,
             "page_us": sum(clock.us["page"]) / n,
             "behind_us": sum(clock.behind_us) / n,
-            "telemetry_us": clock.total_telemetry_us() / n,
-            "steps": sum(1 for _ in clock.us["step"]) / n,
+            "telemetry_us": clock.total_us(clock.telemetry_us) / n,
+            "answered_us": statistics.median(clock.telemetry_us["answered"]) - clock.cost_us,
+            "stats_us": statistics.median(clock.telemetry_us["stats"]) - clock.cost_us,
+            "stats_most_us": max(clock.telemetry_us["stats"]),
             "p99_us": percentile(clock.us["looked_up"], 0.99),
             "looks": len(clock.us["looked_up"]) / n,
         }

@@ -33,7 +33,6 @@ def engine(config: Any, arena_name: str) -> Iterator[Engine]:
 
 def snapshot(engine: Engine) -> Snapshot:
     """As another process gets it."""
-    engine.half.misses.settle()
     (found,) = snapshots(arena=engine.half.arena.path.name, events_since=0)
     return found
 
@@ -68,8 +67,9 @@ def test_a_telemetry_that_fails_costs_a_figure_and_no_request(engine: Engine) ->
     engine.half.telemetry._emit = failing
     stored(engine)
     assert engine.generate(PROMPT).receipt["tokens"]["host"] == WHOLE * BLOCK
-    assert "telemetry" in engine.half.page.last_failure
-    assert snapshot(engine).total("kvmem_failures_total", "telemetry") == 2
+    engine.half.misses.settle()
+    assert "behind: InjectedError" in engine.half.page.last_failure
+    assert snapshot(engine).total("kvmem_failures_total", "explain") == 2
 
 
 def test_an_answer_that_fails_is_told_to_who_asked_and_to_the_engine(engine: Engine) -> None:
@@ -203,10 +203,9 @@ def test_vllms_own_metrics_say_what_happened(engine: Engine, served: Any) -> Non
     assert f"kvmem tokens host={WHOLE * BLOCK}" in lines[0]
 
 
-def test_what_requests_missed_is_in_vllms_metrics_with_the_next_one(
-    engine: Engine, served: Any
-) -> None:
-    stored(engine)
+def test_what_the_last_request_missed_is_in_vllms_metrics(engine: Engine, served: Any) -> None:
+    engine.half.misses._behind.wake = lambda **_: None  # the thread never comes to it
+    engine.generate(PROMPT)
     engine.half.misses.settle()
     engine.generate(PROMPT)
     assert sample("kvmem_missed_tokens_total", reason="first_time") == WHOLE * BLOCK
@@ -228,18 +227,16 @@ def test_figures_of_a_busy_engine_are_made_behind_it_and_add_up(
     deltas._make, deltas._next_s = make, 0.0
     behind = threading.Thread(target=half.misses.settle, name="behind")
     engine.add(PROMPT, 40)
-    for _ in range(10):
+    for _ in range(20):
         engine.step()
-    assert made == []
     behind.start()
     behind.join()
-    assert made == ["behind"]
+    assert made
+    assert set(made) <= {"kvmem-explain", "behind"}
     engine.drain()
-    assert set(made[1:]) == {"MainThread"}  # the last request is over
     assert sample("kvmem_requests_total") == 1
-    assert (
-        sample("kvmem_moved_blocks_total", tier="host", direction="in") == half.totals.blocks_stored
-    )
+    stored_blocks = half.totals.blocks_stored
+    assert sample("kvmem_moved_blocks_total", tier="host", direction="in") == stored_blocks > 0
 
 
 def test_metrics_that_fail_do_not_reach_vllm(

@@ -52,7 +52,7 @@ def test_what_is_asked_is_answered(desk: Desk, path: Path) -> None:
 def test_a_question_that_is_wrong_is_told_and_counts_as_nobodys_failure(
     desk: Desk, path: Path, failures: list[str]
 ) -> None:
-    with pytest.raises(NotUnderstood, match="not so. Ask otherwise."):
+    with pytest.raises(NotUnderstood, match=r"not so\. Ask otherwise\."):
         ask(path, "wrong")
     with pytest.raises(NotUnderstood, match="nobody here knows 'else'"):
         ask(path, "else")

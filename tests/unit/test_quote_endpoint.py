@@ -173,7 +173,8 @@ def test_the_command_says_what_breaks_and_the_fix(
     told = run([1], "--arena", arena_name).stdout
     for part in ("4 tokens: 2 would be reused (50%)", "about 3 ms", "9 if nothing",
                  "stores are off, by switch", "approximate", "1 requests are under way",
-                 "from 2  2 tokens about 2 ms  evicted (tier host)", "A larger host_gb"):  # fmt: skip
+                 "from 2  2 tokens about 2 ms  evicted (tier host)",
+                 "A larger host_gb"):  # fmt: skip
         assert part in told
 
 

@@ -528,10 +528,10 @@ class SchedulerHalf:
         receipt = seen.receipt.finish(request, self.geometry.block_tokens)
         self.totals.add(seen.receipt)
         self.page.finished(request.request_id, receipt["tokens"])
+        self.telemetry.answered(seen)
         runs = self.misses.finished(seen)
         if runs is not None:
             receipt["misses"] = runs
-        self.telemetry.answered(seen, runs)
         aborted = str(request.get_finished_reason()) in ("abort", "error")
         may = not (aborted or seen.loading or seen.stale) and seen.wishes.store
         keep = may and self.storing.has_more(seen, tables)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -28,7 +29,7 @@ from kvmem.telemetry.metrics import METRICS
 if TYPE_CHECKING:
     from kvmem.engines.vllm.telemetry import Telemetry
 
-__all__ = ["Deltas", "KvmemPromMetrics", "KvmemStats"]
+__all__ = ["Deltas", "Jobs", "KvmemPromMetrics", "KvmemStats"]
 
 EVERY_S = 1.0
 PREFIX = "kvmem_"
@@ -86,11 +87,22 @@ class KvmemStats(KVConnectorStats):
         return not any(self.data.values())
 
 
-class Deltas:
-    """What changed in an engine's figures since they were told last; asked after each step.
+class Jobs(Protocol):
+    """What is done behind the scheduler, in order."""
 
-    While requests run it is made ready behind the scheduler, once a second, and handed over by a
-    later step. When the last of them is over it is made at once: there may be no step for long.
+    def behind(self, job: Callable[[], None]) -> bool:
+        """Has a job done there; False where too much waits."""
+
+    def settle(self) -> None:
+        """Does all that waits, in this thread."""
+
+
+class Deltas:
+    """What changed in an engine's figures since they were told last; `ready` is what was made.
+
+    It is made behind the scheduler, once a second while requests run, and handed over by a later
+    step. When the last request is over the engine steps once more, to let its workers know: what
+    was not made by then is made in that step, since there may be no other for a long time.
     """
 
     def __init__(self, telemetry: Telemetry, clock: Callable[[], float] = time.monotonic) -> None:
@@ -99,18 +111,31 @@ class Deltas:
         self._next_s = 0.0
         self._gauges: dict[_Series, float] = {}
         self._lock = threading.Lock()  # held while it is made
-        self._ready: KvmemStats | None = None
-        self._asked = False
+        self.ready: deque[KvmemStats] = deque()
+        self._asked = False  # and not made yet
 
-    def take(self, *, idle: bool, behind: Callable[[Callable[[], None]], bool]) -> Any:
-        """The differences, a `KvmemStats`; None where it is not time, or there are none."""
-        if idle:
-            if self._telemetry.meter.waits or self._ready is not None:
-                self._make()
-        elif not self._asked and self._clock() >= self._next_s:
-            self._next_s = self._clock() + EVERY_S
-            self._asked = behind(self._make)
-        ready, self._ready = self._ready, None
+    def take(self, jobs: Jobs, *, idle: bool, first: bool) -> KvmemStats | None:
+        """The differences; None where it is not time, or there are none.
+
+        Args:
+            jobs: what is done behind.
+            idle: no request runs.
+            first: and this is so since the last step.
+        """
+        if not idle:
+            if self._clock() >= self._next_s and not self._asked:
+                self._next_s = self._clock() + EVERY_S
+                self._asked = jobs.behind(self._make)
+        elif first:
+            self._asked = jobs.behind(self._make) or self._asked
+            return None
+        elif self._asked:
+            jobs.settle()
+        if not self.ready:
+            return None
+        ready = self.ready.popleft()
+        while self.ready:
+            ready = ready.aggregate(self.ready.popleft())
         return ready
 
     def _make(self) -> None:
@@ -133,8 +158,8 @@ class Deltas:
                     gauges.append([name, list(labels), value])
             observed = [list(one) for one in changes.observed]
             made = KvmemStats({"counters": counters, "gauges": gauges, "observed": observed})
-            before_it = self._ready
-            self._ready = made if before_it is None else before_it.aggregate(made)
+            if not made.is_empty():
+                self.ready.append(made)
 
 
 class KvmemPromMetrics(KVConnectorPromMetrics):

@@ -6,9 +6,10 @@ explainer's thread, or by whoever asks.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from kvmem.config import Config
 from kvmem.engines.vllm.quoting import Quotes
 from kvmem.engines.vllm.seen import Seen
 from kvmem.store.desk import Desk
+from kvmem.telemetry import spans
 from kvmem.telemetry.live import Cause, Sample, SessionDetail, Snapshot, Tier
 from kvmem.telemetry.logs import EventLog
 from kvmem.telemetry.meter import Meter
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Telemetry", "log_of"]
 
-MANY = 64  # events that are worth a job behind the scheduler
+log = logging.getLogger("kvmem")
+
+MANY = 64  # events that are counted together
+LOOKS = 8  # steps between looks at whether it is time
 
 
 def log_of(config: Config) -> EventLog | None:
@@ -52,14 +57,22 @@ class Telemetry:
         self.quotes = Quotes(half, vllm_config)
         self.meter = Meter(half.bus)
         self._desk: Desk | None = None
-        self._model = half.page.model
-        self._asked = False  # for the meter's draining
+        self._steps = 0
+        self._was_idle = False
+        self._ready: Sequence[KvmemStats] = ()  # the differences that were made
         self._deltas: Deltas | None = None
 
     def open(self) -> None:
         """Begins to answer; an engine whose desk can't be opened runs without it (I9)."""
         if self._log is not None:
             self._log.follow(self._half.bus)
+        try:
+            from kvmem.engines.vllm.stats import Deltas
+        except ImportError as error:  # a vLLM whose connectors have no figures of their own
+            log.info("kvmem: vLLM's own metrics will say nothing of kvmem: %s", error)
+        else:
+            self._deltas = Deltas(self)
+            self._ready = self._deltas.ready
         answers = {
             "block": self._block,
             "live": self._live,
@@ -73,14 +86,13 @@ class Telemetry:
         except OSError as error:
             self._half.failed("desk", f"it could not be opened: {error}")
 
-    def answered(self, seen: Seen, misses: list[dict[str, Any]] | None) -> None:
-        """A request is over, and its receipt is whole; `misses` are those that it tells of."""
-        try:
-            self._emit(seen, misses or [])
-        except Exception as error:  # noqa: BLE001 a door: a request is not counted, no more (I9)
-            self._half.failed("telemetry", f"{type(error).__name__}: {error}")
+    def answered(self, seen: Seen) -> None:
+        """A request is over; it is told before its misses are."""
+        ended_s = time.time()
+        if not self._half.misses.behind(lambda: self._emit(seen, ended_s)):
+            self.meter.dropped += 1
 
-    def _emit(self, seen: Seen, misses: list[dict[str, Any]]) -> None:
+    def _emit(self, seen: Seen, ended_s: float) -> None:
         receipt, request = seen.receipt, seen.request
         one = events.Answered(
             request_id=request.request_id,
@@ -91,7 +103,7 @@ class Telemetry:
             disk=receipt.disk,
             computed=receipt.computed,
             began_s=seen.began_s,
-            ended_s=time.time(),
+            ended_s=ended_s,
             disk_s=receipt.disk_ms / 1e3,
             load_s=receipt.load_ms / 1e3,
             store_s=receipt.store_ms / 1e3,
@@ -99,29 +111,24 @@ class Telemetry:
         self._half.bus.emit(one)
         headers = getattr(request, "trace_headers", None)
         if headers:
-            self._half.misses.behind(lambda: self._trace(headers, one, misses))
-        if self.meter.waits >= MANY and not self._asked:
-            self._asked = self._half.misses.behind(self._drain)
-
-    def _trace(
-        self, headers: Mapping[str, str], one: events.Answered, misses: list[dict[str, Any]]
-    ) -> None:
-        from kvmem.telemetry import spans
-
-        spans.tell(headers, one, misses, model=self._model)
-
-    def _drain(self) -> None:
-        self._asked = False
-        self.meter.drain()
+            record = seen.case.record if seen.case is not None else None
+            misses = record.told if record is not None else []
+            spans.tell(headers, one, misses, model=self._half.page.model)
+        if self.meter.waits >= MANY:
+            self.meter.drain()
 
     def stats(self) -> KvmemStats | None:
-        """For vLLM's own metrics, asked after each step."""
+        """For vLLM's own metrics, asked after each step: most have nothing to tell."""
+        if self._half.n_running:
+            self._was_idle = False
+            self._steps += 1
+            if self._steps % LOOKS and not self._ready:
+                return None
         if self._deltas is None:
-            from kvmem.engines.vllm.stats import Deltas
-
-            self._deltas = Deltas(self)
-        half = self._half
-        return self._deltas.take(idle=not half.n_running, behind=half.misses.behind)
+            return None
+        idle = not self._half.n_running
+        first, self._was_idle = idle and not self._was_idle, idle
+        return self._deltas.take(self._half.misses, idle=idle, first=first)
 
     # -- at the desk, on its thread ----------------------------------------------------------
 
@@ -150,6 +157,7 @@ class Telemetry:
     def snapshot(self, sessions: int = 50, events_since: int | None = None) -> Snapshot:
         """How it stands now. Any thread may ask."""
         half, page = self._half, self._half.page
+        half.misses.settle()  # what is over is counted
         tiers = self.tiers()
         last, n_sessions = self.meter.sessions(max(0, min(sessions, 10_000)))
         causes = tuple(
