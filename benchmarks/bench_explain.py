@@ -142,6 +142,11 @@ def cost(agents: int, turns: int, *, named: bool) -> dict[str, float]:
                 if (n + agent) % BREAKS == 0:
                     prompts[agent][1024 + agent] += 1
         gc.enable()
+        quote_ms = []
+        for prompt in prompts:  # nothing else runs: what a quote takes of the process
+            begin = time.perf_counter()
+            half.telemetry.quotes.quote(prompt)
+            quote_ms.append((time.perf_counter() - begin) * 1e3)
         explained = len(clock.us["finished"])
         if explained != n:
             raise RuntimeError(f"{explained} of {n} requests were explained")
@@ -152,6 +157,8 @@ def cost(agents: int, turns: int, *, named: bool) -> dict[str, float]:
             "page_us": sum(clock.us["page"]) / n,
             "behind_us": sum(clock.behind_us) / n,
             "telemetry_us": clock.total_us(clock.telemetry_us) / n,
+            "quote_ms": statistics.median(quote_ms),
+            "quote_tokens": statistics.fmean(len(prompt) for prompt in prompts),
             "answered_us": statistics.median(clock.telemetry_us["answered"]) - clock.cost_us,
             "stats_us": statistics.median(clock.telemetry_us["stats"]) - clock.cost_us,
             "stats_most_us": max(clock.telemetry_us["stats"]),
@@ -216,6 +223,7 @@ def main() -> None:
     figures["us_per_request"] = round(max(one["us"] for one in by_name.values()), 2)
     telemetry = max(one["telemetry_us"] for one in by_name.values())
     figures["telemetry_us_per_request"] = round(telemetry, 2)
+    figures["quote_ms"] = round(max(one["quote_ms"] for one in by_name.values()), 2)
     figures["behind_us_per_request"] = round(max(one["behind_us"] for one in by_name.values()), 1)
     finish(figures)
 

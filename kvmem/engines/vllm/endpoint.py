@@ -162,10 +162,10 @@ async def _quote(request: Request) -> Response:
 
 async def _tokens_of(request: Request, body: dict[str, Any]) -> list[int]:
     """The ids that the engine would be sent for this body."""
-    params = body.get("kv_transfer_params")
-    if not isinstance(params, dict | None):
+    params: Any = body.get("kv_transfer_params") or {}
+    if not isinstance(params, dict):
         raise _NotQuotedError(_error(400, "It must be an object", "kv_transfer_params"))
-    given = (params or {}).get("prompt_token_ids", body.get("prompt"))
+    given = params.get("prompt_token_ids", body.get("prompt"))
     if isinstance(given, list):
         try:
             return msgspec.convert(given, list[int])

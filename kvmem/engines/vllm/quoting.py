@@ -68,7 +68,7 @@ class Quotes:
         geometry = half.geometry
         chains = Chains(hashes, geometry.shapes, geometry.hash_tokens, tweak)
         keys, reach = chains.all(), min(n - 1, len(hashes) * geometry.hash_tokens)
-        start, off = half.live.on_device(hashes, n), half.off()
+        start, off = self._on_device(hashes, n), half.off()
         host, stop, missing = half.cache.look(keys, start=start, limit=reach)
         if "loads" in off:
             lookup = Lookup(start, start, reach, "disabled_by_request", off["loads"], stop)
@@ -107,9 +107,22 @@ class Quotes:
         if len(shapes) != 1 or past.adapter or past.weights != half.live.epoch:
             return told
         n_tokens = len(hashes) * shapes[0].block_tokens
-        start = half.live.on_device(hashes, n_tokens + 1)
+        start = self._on_device(hashes, n_tokens + 1)
         host, stop, _ = half.cache.look([hashes], start=start, limit=n_tokens)
         return msgspec.structs.replace(told, device=start, host=host - start, disk=stop - host)
+
+    def _on_device(self, hashes: list[bytes], n_tokens: int) -> int:
+        """Tokens that the engine's own prefix cache has of a prompt, as its scheduler would find
+        them; before the first request of all there are none.
+
+        vllm/v1/core/kv_cache_manager.py, `get_computed_blocks`.
+        """
+        manager = self._half.live.manager
+        if manager is None or not manager.enable_caching:
+            return 0
+        if not hasattr(manager.coordinator, "find_longest_cache_hit"):
+            raise ValueError("this vLLM does not say what its own prefix cache would find")
+        return int(manager.coordinator.find_longest_cache_hit(hashes, n_tokens - 1)[1])
 
     def _prefill_ms(self, n_tokens: int) -> float | None:
         pace = self._half.misses.explainer.pace.s_per_token

@@ -257,27 +257,18 @@ class Live:
         request.num_computed_tokens = 0
         return True
 
-    def on_device(self, hashes: list[Any], n_tokens: int) -> int:
-        """Tokens that the engine's own prefix cache has of a prompt of `n_tokens`, as its scheduler
-        would find them; changes nothing. Before the first request of all there are none.
-
-        vllm/v1/core/kv_cache_manager.py, `get_computed_blocks`.
-        """
+    @property
+    def manager(self) -> Any:
+        """The engine's own KV cache manager; None before its first request."""
         scheduler = self._scheduler() if self._scheduler is not None else None
-        manager = getattr(scheduler, "kv_cache_manager", None)
-        if manager is None or not manager.enable_caching:
-            return 0
-        if not hasattr(manager.coordinator, "find_longest_cache_hit"):
-            raise ValueError("this vLLM does not say what its own prefix cache would find")
-        return int(manager.coordinator.find_longest_cache_hit(hashes, n_tokens - 1)[1])
+        return getattr(scheduler, "kv_cache_manager", None)
 
     def empty_device(self) -> bool:
         """Whether the engine's own prefix cache is empty now."""
         self._on_device.clear()
         pool: BlockPool | None = self._half._device_pool
-        if pool is None and self._scheduler is not None:  # before 0.30
-            manager = getattr(self._scheduler(), "kv_cache_manager", None)
-            pool = getattr(manager, "block_pool", None)
+        if pool is None:  # before 0.30
+            pool = getattr(self.manager, "block_pool", None)
         return pool is not None and empty(pool)
 
 
