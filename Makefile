@@ -229,13 +229,14 @@ format: $(READY)  ## put every file into the project's style
 	$(dir $(PY))clang-format -i $(CC_FILES)
 
 .PHONY: golden
-golden: native  ## write anew what tests compare with: names, native stub, tables of settings, models, rules and reasons, README blocks
+golden: native  ## write anew what tests compare with: names, native stub, tables of settings, models, rules, reasons and metrics, README blocks
 	$(PY) -m nanobind.stubgen -q -m kvmem._core -o kvmem/_core.pyi
 	$(PY) -m tests.typing.public_names
 	$(PY) -m tests.docs.settings_table
 	$(PY) -m tests.docs.models_table
 	$(PY) -m tests.docs.rules_table
 	$(PY) -m tests.docs.reasons_table
+	$(PY) -m tests.docs.metrics_table
 	$(PY) -m tests.docs.blocks
 
 .PHONY: clean

@@ -6,7 +6,8 @@ Two parts. The labelled set: recorded conversations, each broken in every way th
 for (`benchmarks/_explain_set.py`), and what the explainer says of the next turn. The cost: vLLM's
 own scheduler with kvmem's connector in both of its roles, as in `bench_connector`, and agents that
 come back turn after turn; the calls of the scheduler's half into its explainer are timed in CPU
-time of the scheduler's thread and summed over requests. One turn in twenty breaks its prefix.
+time of the scheduler's thread and summed over requests. One turn in twenty breaks its prefix. Its
+calls into its telemetry, and what vLLM asks of that after each step, are summed by themselves.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ BLOCK = 16
 FIRST_TOKENS, TURN_TOKENS, REPLY_TOKENS = 4096, 400, 40
 BREAKS = 20  # one turn in so many
 TIMED = ("looked_up", "finished", "step", "_evicted", "page")
+TELEMETRY = ("answered", "stats")
 
 
 def accuracy(folder: Path | None, most: int) -> dict[str, float]:
@@ -55,8 +57,11 @@ def accuracy(folder: Path | None, most: int) -> dict[str, float]:
 class _Clock:
     """CPU microseconds of the scheduler's thread inside its explainer, by request or by step."""
 
-    def __init__(self, misses: Any) -> None:
+    def __init__(self, misses: Any, telemetry: Any) -> None:
         self.us: dict[str, list[float]] = {name: [] for name in TIMED}
+        self.telemetry_us: dict[str, list[float]] = {name: [] for name in TELEMETRY}
+        for name, us in self.telemetry_us.items():
+            setattr(telemetry, name, self._timed_into(us, getattr(telemetry, name)))
         for name in TIMED:
             setattr(misses, name, self._timed(name, getattr(misses, name)))
         self.behind_us: list[float] = []
@@ -85,8 +90,8 @@ class _Clock:
 
         return timed
 
-    def total_us(self) -> float:
-        return sum(sum(us) - len(us) * self.cost_us for us in self.us.values())
+    def total_us(self, timed: dict[str, list[float]]) -> float:
+        return sum(sum(us) - len(us) * self.cost_us for us in timed.values())
 
 
 def _request(number: int, session: str, tokens: list[int], hasher: Any) -> Request:
@@ -114,7 +119,8 @@ def cost(agents: int, turns: int, *, named: bool) -> dict[str, float]:
         hash_fn = get_hash_fn_by_name(engine.config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         hasher = get_request_block_hasher(BLOCK, hash_fn)
-        clock = _Clock(engine.scheduler.connector.scheduler.misses)
+        half = engine.scheduler.connector.scheduler
+        clock = _Clock(half.misses, half.telemetry)
         rng = np.random.default_rng(1)
         head = rng.integers(100, 40_000, 1024).tolist()
         prompts = [head + rng.integers(100, 40_000, FIRST_TOKENS - 1024).tolist()
@@ -136,15 +142,26 @@ def cost(agents: int, turns: int, *, named: bool) -> dict[str, float]:
                 if (n + agent) % BREAKS == 0:
                     prompts[agent][1024 + agent] += 1
         gc.enable()
+        quote_ms = []
+        for prompt in prompts:  # nothing else runs: what a quote takes of the process
+            begin = time.perf_counter()
+            half.telemetry.quotes.quote(prompt)
+            quote_ms.append((time.perf_counter() - begin) * 1e3)
         explained = len(clock.us["finished"])
         if explained != n:
             raise RuntimeError(f"{explained} of {n} requests were explained")
         return {
-            "us": clock.total_us() / n,
+            "us": clock.total_us(clock.us) / n,
             "look_us": statistics.fmean(clock.us["looked_up"]) - clock.cost_us,
             "end_us": statistics.fmean(clock.us["finished"]) - clock.cost_us,
             "page_us": sum(clock.us["page"]) / n,
             "behind_us": sum(clock.behind_us) / n,
+            "telemetry_us": clock.total_us(clock.telemetry_us) / n,
+            "quote_ms": statistics.median(quote_ms),
+            "quote_tokens": statistics.fmean(len(prompt) for prompt in prompts),
+            "answered_us": statistics.median(clock.telemetry_us["answered"]) - clock.cost_us,
+            "stats_us": statistics.median(clock.telemetry_us["stats"]) - clock.cost_us,
+            "stats_most_us": max(clock.telemetry_us["stats"]),
             "p99_us": percentile(clock.us["looked_up"], 0.99),
             "looks": len(clock.us["looked_up"]) / n,
         }
@@ -204,6 +221,9 @@ def main() -> None:
     for named, one in by_name.items():
         print("named" if named else "nameless", {k: round(v, 2) for k, v in one.items()})
     figures["us_per_request"] = round(max(one["us"] for one in by_name.values()), 2)
+    telemetry = max(one["telemetry_us"] for one in by_name.values())
+    figures["telemetry_us_per_request"] = round(telemetry, 2)
+    figures["quote_ms"] = round(max(one["quote_ms"] for one in by_name.values()), 2)
     figures["behind_us_per_request"] = round(max(one["behind_us"] for one in by_name.values()), 1)
     finish(figures)
 

@@ -37,6 +37,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     shadow_share: Share = 0.001
     copy_threads: Annotated[int, Meta(ge=0, le=64)] = 0
     weights_digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")] | None = None
+    event_log: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
     throttle_gb_s: Annotated[float, Meta(ge=0.0)] = 0.0
 
     @classmethod
@@ -173,6 +174,12 @@ _document(
     "64 hex digits, or unset",
     "Names the weights when they have no files (dummy or remote weights).",
     "A wrong one serves KV of other weights: set it only if you must.",
+)
+_document(
+    "event_log",
+    "file, or unset for none",
+    "What kvmem does, one line of JSON an event, for a log collector; private to its user.",
+    "Up to 128 MiB of disk, in two files; a thread that writes four times a second.",
 )
 _document(
     "throttle_gb_s",

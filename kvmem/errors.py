@@ -11,6 +11,8 @@
     ├── IdentityMismatch   a slot holds another block than the one asked for
     ├── PrefixBroken       a prompt is not what it was, plus new tokens at its end
     ├── EngineError        the engine answered something its contract excludes
+    │   └── NotAnswered        a running engine did not answer what it was asked beside its work
+    │       └── NotUnderstood      it says what is wrong with the question; a ValueError too
     └── AgentError         an agent's turn could not be done; `agent` and `turn` say which
         ├── BudgetExceeded     its tokens or seconds are spent
         ├── EngineUnavailable  the engine was not reached, broke off, or is overloaded
@@ -39,6 +41,8 @@ __all__ = [
     "IdentityMismatch",
     "KVMemError",
     "LeaseError",
+    "NotAnswered",
+    "NotUnderstood",
     "PrefixBroken",
     "RequestRefused",
     "ResultInvalid",
@@ -111,6 +115,14 @@ class PrefixBroken(KVMemError):
 
 class EngineError(KVMemError):
     """The engine answered something its contract excludes."""
+
+
+class NotAnswered(EngineError):
+    """A running engine did not answer what it was asked beside its work, or failed at it."""
+
+
+class NotUnderstood(NotAnswered, ValueError):
+    """A running engine says what is wrong with the question."""
 
 
 class AgentError(KVMemError):

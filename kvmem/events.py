@@ -14,6 +14,7 @@ from collections.abc import Callable
 import msgspec
 
 __all__ = [
+    "Answered",
     "Bus",
     "Cleared",
     "Event",
@@ -55,19 +56,46 @@ class Loaded(Event, frozen=True, kw_only=True, tag="loaded"):
     tier: str = "host"
 
 
+class Answered(Event, frozen=True, kw_only=True, tag="answered"):
+    """A request is over: where its prompt's tokens came from, and what it waited for.
+
+    `began_s` and `ended_s` are seconds since 1970, `disk_s`, `load_s` and `store_s` how long its
+    blocks came up from the disk, were copied to the device, and back.
+    """
+
+    request_id: str
+    session: str
+    prompt: int
+    device: int
+    host: int
+    disk: int
+    computed: int
+    began_s: float
+    ended_s: float
+    disk_s: float
+    load_s: float
+    store_s: float
+
+
 class Evicted(Event, frozen=True, kw_only=True, tag="evicted"):
-    """Blocks left a tier to make room, for a request where one is known."""
+    """Blocks left a tier to make room, for a request where one is known.
+
+    `cause`: "store", for new blocks of a request; "promote", for blocks that come up from below;
+    "demote", for blocks that come down from above.
+    """
 
     blocks: int
     tier: str = "host"
     request_id: str = ""
+    cause: str = "store"
 
 
 class Missed(Event, frozen=True, kw_only=True, tag="missed"):
     """Tokens [first, first + tokens) of a prompt were computed, and why (docs/explain.md).
 
-    Told when the request is over; once more under another reason where that was found out later.
-    `ms` is an estimate. `message` counts from 0 behind the head.
+    Told when the request is over; once more under another reason where that was found out later:
+    `was` is then what it was told as first. `ms` is an estimate. `message` counts from 0 behind the
+    head.
     """
 
     request_id: str
@@ -78,6 +106,7 @@ class Missed(Event, frozen=True, kw_only=True, tag="missed"):
     role: str = ""
     message: int | None = None
     tier: str = ""
+    was: str = ""
 
 
 class Quarantined(Event, frozen=True, kw_only=True, tag="quarantined"):

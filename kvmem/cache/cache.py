@@ -247,6 +247,15 @@ class Cache:
             if stop == before:
                 return stop
 
+    def look(self, chains: Sequence[Keys], *, start: int, limit: int) -> tuple[int, int, str]:
+        """What `acquire` would find, without asking for it: how far the host alone answers, how far
+        host and disk do, and why no further. Nothing is used, held or read. Any thread may look.
+        """
+        limit = max(start, limit - limit % self.align_tokens)
+        host = self.match(chains, start, limit)
+        stop = max(host, self.match(chains, start, limit, self._moves))
+        return host, stop, "none" if stop >= limit else self._why_not(chains, stop)
+
     def _single_resume_point(
         self, shape: GroupShape, keys: Keys, start: int, stop: int, below: Moves | None
     ) -> int:

@@ -452,7 +452,7 @@ class Moves:
         evictions = int(self.disk.stats()["evictions"])
         if evictions > self._evictions_told:
             told = evictions - self._evictions_told
-            self._bus.emit(events.Evicted(blocks=told, tier="disk"))
+            self._bus.emit(events.Evicted(blocks=told, tier="disk", cause="demote"))
             self._evictions_told = evictions
             if self._on_evicted is not None:
                 self._on_evicted(self.disk.take_evicted(), "disk", "")

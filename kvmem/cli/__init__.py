@@ -1,5 +1,5 @@
-"""The kvmem command: `demo`, `serve`, `gateway`, `stats`, `explain`, `switch`, `quarantine`,
-`verify`, `lint`, `replay`.
+"""The kvmem command: `demo`, `serve`, `gateway`, `top`, `stats`, `explain`, `quote`, `inspect`,
+`switch`, `quarantine`, `verify`, `lint`, `replay`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -18,6 +18,7 @@ import msgspec
 import typer
 
 from kvmem import config
+from kvmem.cli import looking
 from kvmem.errors import KVMemError
 
 __all__ = ["app", "main"]
@@ -47,8 +48,11 @@ bit, when a prompt begins the same way.
   kvmem demo              see what it does, on a real model and this CPU
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
   kvmem gateway           text histories of any client become exact tokens, before an engine
-  kvmem stats --watch     what the running engines reuse, live
+  kvmem top               the running engines, live
+  kvmem stats             what the running engines reuse
   kvmem explain           why prompts had to be computed, in a running engine
+  kvmem quote body.json   what a prompt would find and cost, before it is sent
+  kvmem inspect           a store, a namespace, a session or a block, from near
   kvmem switch            its loads and stores off and on, in a running engine
   kvmem quarantine        blocks that failed a check in a running engine, and what is left of them
   kvmem verify            look through what is on the disk, every byte
@@ -447,6 +451,9 @@ def replay(
     code = run(traces, options)
     if code:
         raise typer.Exit(code)
+
+
+looking.add(app)
 
 
 def _is_on(given: Literal["on", "off"] | None) -> bool | None:

@@ -21,7 +21,7 @@ from kvmem.explain.misses.sums import Cause
 from kvmem.store import Arena, Switch, list_live, read_switch
 from kvmem.types import Quarantine
 
-__all__ = ["Page", "pages", "render", "show"]
+__all__ = ["Page", "pages", "render", "show", "size", "until_interrupted"]
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -153,7 +153,7 @@ def render(found: list[Page], now_s: float) -> Group:
 
 
 def _each(watch: bool, interval_s: float, put: Callable[[list[Page]], None]) -> bool:
-    with _until_interrupted() as interrupted:
+    with until_interrupted() as interrupted:
         while True:
             found = pages()
             if not found:
@@ -164,7 +164,7 @@ def _each(watch: bool, interval_s: float, put: Callable[[list[Page]], None]) -> 
 
 
 @contextmanager
-def _until_interrupted() -> Iterator[threading.Event]:
+def until_interrupted() -> Iterator[threading.Event]:
     """An event that Ctrl-C or SIGTERM sets, in place of ending the process mid-line."""
     event = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -206,7 +206,7 @@ def _table(page: Page, now_s: float) -> Table:
     drawn.add_section()
     drawn.add_row(
         "host tier",
-        f"{_size(host.bytes)}",
+        f"{size(host.bytes)}",
         f"{host.used:,} of {host.slots:,} blocks ({_share(host.used, host.slots)}), "
         f"{host.leased:,} leased, {host.reserved:,} being stored",
     )
@@ -214,8 +214,8 @@ def _table(page: Page, now_s: float) -> Table:
     if disk is not None:
         drawn.add_row(
             "disk tier" if disk.on else "disk tier, OFF: it failed",
-            f"{_size(disk.bytes)}",
-            f"{disk.used:,} blocks, {_share(disk.bytes, disk.budget)} of {_size(disk.budget)}, "
+            f"{size(disk.bytes)}",
+            f"{disk.used:,} blocks, {_share(disk.bytes, disk.budget)} of {size(disk.budget)}, "
             f"{disk.written:,} written, {disk.read:,} read, {disk.faults:,} faults",
         )
     drawn.add_row(
@@ -232,7 +232,7 @@ def _table(page: Page, now_s: float) -> Table:
         drawn.add_row(
             "scrubbed" if page.scrub.on else "scrubbed, OFF: it failed",
             f"{page.scrub.blocks:,} blocks",
-            f"{_size(page.scrub.bytes)}, {page.scrub.passes:,} passes, {page.scrub.faults:,} bad",
+            f"{size(page.scrub.bytes)}, {page.scrub.passes:,} passes, {page.scrub.faults:,} bad",
         )
     drawn.add_row("evicted", f"{counters.evictions:,} blocks", "")
     drawn.add_row("refused", f"{counters.refused:,} blocks", "no room, or no parent here")
@@ -260,8 +260,9 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else ""
 
 
-def _size(n_bytes: int) -> str:
-    if n_bytes <= 0:
+def size(n_bytes: float) -> str:
+    """Bytes for people."""
+    if n_bytes < 1:
         return "0 B"
     power = min(4, int(math.log(n_bytes, 1024)))
     return f"{n_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
@@ -269,5 +270,5 @@ def _size(n_bytes: int) -> str:
 
 def _rate(n_bytes: int, seconds: float) -> str:
     if seconds <= 0:
-        return _size(n_bytes)
-    return f"{_size(n_bytes)} in {seconds:.2f} s, {n_bytes / seconds / 1e9:.1f} GB/s"
+        return size(n_bytes)
+    return f"{size(n_bytes)} in {seconds:.2f} s, {n_bytes / seconds / 1e9:.1f} GB/s"

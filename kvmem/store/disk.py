@@ -8,6 +8,7 @@ on a disk that hangs, is done on a thread of its own: the caller is the engine's
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +74,7 @@ class Disk:
         self._queue = max(QUEUE_LEAST, arena.header.n_slots // QUEUE_PART)
         self._bus = bus
         self._clock = clock
+        self._state = threading.RLock()  # held while it goes off, or is tried again
         self._off_since_s: float | None = None
         self._retry_s = RETRY_S
         self._retry_at_s = 0.0
@@ -143,6 +145,12 @@ class Disk:
     @property
     def on(self) -> bool:
         """Whether the disk works, as far as is known; it is tried when it is time for that."""
+        if self._off_since_s is None:
+            return True
+        with self._state:  # who looks at an engine asks too, from a thread of its own
+            return self._tried()
+
+    def _tried(self) -> bool:
         if self._off_since_s is None:
             return True
         now = self._clock()
@@ -245,11 +253,12 @@ class Disk:
 
     def _failed(self, error: str) -> None:
         """From now on there is no disk, until it is tried again."""
-        now = self._clock()
-        self._retry_at_s = now + self._retry_s
-        if self._off_since_s is None:
-            self._off_since_s = now
-            self._bus.emit(events.TierOff(tier="disk", error=error))
+        with self._state:
+            now = self._clock()
+            self._retry_at_s = now + self._retry_s
+            if self._off_since_s is None:
+                self._off_since_s = now
+                self._bus.emit(events.TierOff(tier="disk", error=error))
 
     def _prove(self) -> str:
         """Whether blocks come back as they were; empty, or what went wrong."""

@@ -95,6 +95,11 @@ class SwitchReader:
             self._take(word)
         return self._now
 
+    def peek(self) -> Switch:
+        """What the record says now, or the last good one; nobody is told. Any thread may look."""
+        found = Switch.decode(self._word[0])
+        return found[1] if found is not None else self._now
+
     def _take(self, word: int) -> None:
         found = Switch.decode(word)
         if found is None:

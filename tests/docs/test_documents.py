@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from kvmem.explain.lint.readers import FORMATS
-from tests.docs import blocks, models_table, reasons_table, rules_table, settings_table
+from tests.docs import (
+    blocks,
+    metrics_table,
+    models_table,
+    reasons_table,
+    rules_table,
+    settings_table,
+)
 
 ROOT = blocks.ROOT
 MADE = {"kvmem/_core.abi3.so"}  # by `make setup`, so not in the repository
@@ -98,6 +105,26 @@ def test_rules_table_is_the_catalogue_of_the_linter() -> None:
 def test_reasons_table_is_the_catalogue_of_the_explainer() -> None:
     page = reasons_table.PAGE.read_text()
     assert reasons_table.in_page(page) == reasons_table.table(), "`make golden` writes it anew"
+
+
+def test_metrics_table_is_the_catalogue_of_metrics() -> None:
+    page = metrics_table.PAGE.read_text()
+    assert metrics_table.in_page(page) == metrics_table.table(), "`make golden` writes it anew"
+
+
+def test_every_event_is_on_the_telemetry_page() -> None:
+    from kvmem import events
+
+    tags = {one.__struct_config__.tag for one in events.Event.__subclasses__()}
+    page = metrics_table.PAGE.read_text().partition("## Events")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == tags
+
+
+def test_every_field_of_a_quote_is_on_its_page() -> None:
+    from kvmem.telemetry.quote import Quote
+
+    page = reasons_table.PAGE.read_text()
+    assert [name for name in Quote.__struct_fields__ if f"`{name}`" not in page] == []
 
 
 def test_every_field_of_a_run_is_on_the_explainers_page() -> None:

@@ -57,6 +57,7 @@ HOOKS = {
     "reserve": ("cache", "reserve"),
     "publish": ("cache", "publish"),
     "write_stats": ("half", "write_stats"),
+    "get_kv_connector_stats": ("half", "take_stats"),
 }
 
 

@@ -114,6 +114,108 @@ def test_a_running_engine_explains_its_requests(server: Server, arena: str) -> N
     assert "first_time" in [cause["reason"] for cause in explain()]
 
 
+# Token counts of a quote, and of a receipt.
+SOURCES = ("prompt", "device", "host", "disk", "computed")
+
+
+def quoted(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    told = httpx.post(
+        f"{server.url}/v1/kvmem/quote", json=body, headers={"Authorization": f"Bearer {KEY}"},
+        timeout=120,
+    )  # fmt: skip
+    assert told.status_code == 200, told.text
+    return told.json()
+
+
+def test_a_quote_is_what_then_happens(server: Server, arena: str, tmp_path: Path) -> None:
+    for seed in (41, 42, 43):  # so that some of the first is on the host only
+        complete(server, prompt(1000, seed))
+    for tokens in (prompt(1000, 41), [*prompt(500, 42), *prompt(300, 44)], prompt(200, 45)):
+        told = quoted(server, {"prompt": tokens})
+        assert told["prefill_ms"] > 0
+        receipt = complete(server, tokens).kv_transfer_params["kvmem"]
+        assert {name: told[name] for name in SOURCES} == receipt["tokens"]
+        assert [run["reason"] for run in told["misses"]] == [
+            run["reason"] for run in receipt["misses"]
+        ]
+    file = tmp_path / "request.json"
+    file.write_text(json.dumps({"prompt": prompt(1000, 41)}))
+    command = [*KVMEM, "quote", str(file), "--arena", arena, "--json"]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert json.loads(ran.stdout)["prompt"] == 1000
+
+
+def test_a_chat_is_quoted_as_it_will_be_rendered(server: Server) -> None:
+    words = "All of this is said before, so that there is something to reuse. " * 20
+    messages = [{"role": "system", "content": words}, {"role": "user", "content": "Where to?"}]
+    body = {"model": "smol", "messages": messages, "session_id": "quoted"}
+    for changed in (False, True):
+        if changed:
+            messages[0]["content"] = words.replace("before", "earlier")
+        told = quoted(server, body)
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions", json={**body, "max_tokens": 4},
+            headers={"Authorization": f"Bearer {KEY}"}, timeout=120,
+        ).json()  # fmt: skip
+        receipt = answer["kv_transfer_params"]["kvmem"]
+        assert {name: told[name] for name in SOURCES} == receipt["tokens"]
+    assert told["misses"][0]["reason"] == "system_changed"
+    assert told["misses"][0]["fix"]
+
+
+def samples(server: Server, path: str) -> dict[str, float]:
+    """kvmem's samples without their engine's labels, of one value each."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    told = httpx.get(server.url + path, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+    assert told.status_code == 200
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(told.text):
+        for sample in family.samples:
+            if sample.name.startswith("kvmem_") and not sample.name.endswith("_created"):
+                assert {"model_name", "engine"} <= set(sample.labels)
+                labels = sorted(set(sample.labels) - {"model_name", "engine"})
+                found["/".join([sample.name, *(sample.labels[n] for n in labels)])] = sample.value
+    return found
+
+
+def test_vllms_metrics_and_kvmems_say_the_same(server: Server) -> None:
+    before = samples(server, "/metrics")
+    complete(server, prompt(320, 51))
+    complete(server, prompt(320, 51))
+    theirs, ours = samples(server, "/metrics"), samples(server, "/v1/kvmem/metrics")
+    name = "kvmem_prompt_tokens_total/device"
+    assert theirs[name] == before.get(name, 0) + 319 // 32 * 32
+    assert theirs["kvmem_requests_total"] == before.get("kvmem_requests_total", 0) + 2
+    counted = [name for name in theirs if "_tokens_total" not in name and "_total" in name]
+    assert len(counted) > 3
+    assert {name: theirs[name] for name in counted} == {name: ours[name] for name in counted}
+    assert theirs["kvmem_load_seconds_count"] == ours["kvmem_load_seconds_count"] > 0
+    assert theirs["kvmem_tier_up/host"] == 1
+
+
+def test_top_and_inspect_look_at_the_running_engine(server: Server, arena: str) -> None:
+    body = {"model": "smol", "prompt": prompt(320, 61), "max_tokens": 4, "session_id": "looked-at"}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    told = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=120)
+    assert told.status_code == 200
+
+    def run(*arguments: str) -> Any:
+        command = [*KVMEM, *arguments, "--json"]
+        return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+    (one,) = run("top", "--once", "--arena", arena)
+    assert one["model"] == "smol"
+    assert one["sessions"][0]["session"] == "looked-at"
+    (session,) = run("inspect", "session", "looked-at", "--arena", arena)
+    (branch,) = session["branches"]
+    assert (branch["device"], branch["blocks"]) == (320, 10)
+    namespaces = run("inspect", "namespace")
+    (mine,) = [n for n in namespaces if any(arena in e["arena"] for e in n["engines"])]
+    host = next(tier for tier in one["tiers"] if tier["name"] == "host")
+    assert sum(e["blocks"] for e in mine["engines"] if arena in e["arena"]) == host["blocks"]
+
+
 def test_stats_are_of_the_running_engine(server: Server, arena: str) -> None:
     before = stats(arena)["counters"]
     complete(server, prompt(320, 10))

@@ -83,7 +83,9 @@ def test_help_names_every_command_and_what_it_is_for(kvmem: Callable[..., Ran]) 
     for line in (
         "kvmem demo              see what it does",
         "kvmem serve ./my-model  start vLLM's OpenAI server",
-        "kvmem stats --watch     what the running engines reuse",
+        "kvmem top               the running engines, live",
+        "kvmem stats             what the running engines reuse",
+        "kvmem quote body.json   what a prompt would find and cost",
         "kvmem switch            its loads and stores off and on",
         "kvmem quarantine        blocks that failed a check",
     ):

@@ -229,6 +229,32 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
         self._show()
         return done
 
+    def get_kv_connector_stats(self) -> Any:
+        """What changed since vLLM asked last; the scheduler's half knows what the workers did."""
+        if self._scheduler is None:
+            return None
+        return self._safely("get_kv_connector_stats", lambda: self.scheduler.take_stats(), _nothing)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        """The same, where vLLM has carried it to another process."""
+        from kvmem.engines.vllm.stats import KvmemStats
+
+        return KvmemStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> Any:
+        """kvmem's metrics beside vLLM's own, in its /metrics."""
+        from kvmem.engines.vllm.stats import KvmemPromMetrics
+
+        return KvmemPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     # -- worker side -------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:

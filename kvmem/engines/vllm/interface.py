@@ -233,6 +233,11 @@ OPTIONAL: tuple[Need, ...] = (
          without="after new weights, nothing is stored on the device's own hits before a reset"),
     Need("name", "vllm.v1.request", "Request.session_id",
          without="a request's session is not known: what it extends is told by its tokens"),
+    Need("name", "vllm.v1.request", "Request.trace_headers",
+         without="requests have no span in their caller's trace"),
+    Need("call", "vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.find_longest_cache_hit",
+         ("block_hashes", "max_cache_hit_length"),
+         without="a quote is refused"),
     Need("name", "vllm.v1.request", "Request.cache_salt",
          without="requests that were made room for are not told by salt, and all KV is exact"),
     Need("name", "vllm.v1.request", "Request.skip_reading_prefix_cache",
@@ -245,6 +250,13 @@ OPTIONAL: tuple[Need, ...] = (
          without="loads begin after the step's forward"),
     Need("name", "vllm.v1.metrics.cache_hit_source", "CacheHitSource.HOST",
          without="vLLM's metrics do not say which tier a hit came from"),
+    *(Need("hook", BASE, f"KVConnectorBase_V1.{name}", tuple(parameters.split()),
+           without="vLLM's own metrics say nothing of kvmem; its endpoint does")
+      for name, parameters in (
+          ("get_kv_connector_stats", ""),
+          ("build_kv_connector_stats", "data"),
+          ("build_prom_metrics",
+           "vllm_config metric_types labelnames per_engine_labelvalues"))),
     Need("name", BASE, "KVConnectorBase_V1.requires_kv_delivery",
          without="a preempted request whose store is under way may be computed again"),
 )  # fmt: skip

@@ -16,10 +16,10 @@ import msgspec
 
 from kvmem.engines.vllm.seen import Seen
 from kvmem.explain.misses.behind import Behind
-from kvmem.explain.misses.explainer import Case, Explainer
+from kvmem.explain.misses.explainer import Case, Explainer, named, told_of
 from kvmem.explain.misses.naming import Namer
-from kvmem.explain.misses.past import Prompt
-from kvmem.explain.misses.runs import Lookup
+from kvmem.explain.misses.past import Past, Prompt
+from kvmem.explain.misses.runs import Lookup, Run
 from kvmem.explain.misses.sums import LEAST_STEP
 
 if TYPE_CHECKING:
@@ -145,7 +145,9 @@ class Misses:
         )
 
     def _keys(self, request: Request) -> Any:
-        hashes = request.block_hashes
+        return self._of_blocks(request.block_hashes)
+
+    def _of_blocks(self, hashes: Any) -> Any:
         return hashes if self._unit == 1 else hashes[self._unit - 1 :: self._unit]
 
     def finished(self, seen: Seen) -> list[dict[str, Any]] | None:
@@ -208,6 +210,43 @@ class Misses:
         self.explainer.evicted(keys, tier, request_id, salt)
         self._behind.add(self.explainer.gone.sort_in)
 
+    # -- a prompt that nobody has sent -------------------------------------------------------
+
+    def preview(
+        self,
+        tokens: list[int],
+        hashes: list[bytes],
+        keys: Sequence[bytes],
+        lookup: Lookup,
+        *,
+        session: str,
+        salt: str,
+        patience_s: float,
+    ) -> list[dict[str, Any]]:
+        """The runs that such a prompt would miss, as a receipt tells them; nothing is kept of it.
+
+        Any thread may ask. It waits so long for what a change is called.
+        """
+        prompt = Prompt(
+            request_id="", session=session, salt=_digest(salt), adapter=b"",
+            weights=self._half.live.epoch, content=b"", keys=self._of_blocks(hashes),
+            tokens=tokens, n_tokens=len(tokens),
+        )  # fmt: skip
+        case = self.explainer.known(lookup, keys)
+        runs: list[Run] = []
+        if not self._behind.add(lambda: runs.extend(self.explainer.preview(case, prompt))):
+            return []
+        self._behind.finish()
+        self.explainer.wait_for_name(case, patience_s)
+        return [told_of(named(run, case.broken)) for run in runs]
+
+    def of_session(self, session: str) -> list[Past]:
+        """The session's last prompts, the latest first. Any thread may ask."""
+        found: list[Past] = []
+        self._behind.add(lambda: found.extend(self.explainer.pasts.of_session(session)))
+        self._behind.finish()
+        return found
+
     # -- for others --------------------------------------------------------------------------
 
     def page(self) -> dict[str, Any]:
@@ -226,6 +265,16 @@ class Misses:
             "explained": msgspec.Raw(head + b"".join(told)),
             "causes": self.explainer.top(),
         }
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that are not done."""
+        return self._behind.waiting
+
+    def behind(self, job: Callable[[], None]) -> bool:
+        """Has a job done on the thread behind the scheduler, when it is woken next; False where
+        too much waits there."""
+        return self._behind.add(job)
 
     def settle(self) -> None:
         """Returns when all that is known by now was told."""

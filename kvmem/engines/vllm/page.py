@@ -39,7 +39,7 @@ class Page:
         self.failures = 0
         self.last_failure: str | None = None
         self._arena = arena
-        self._model = model
+        self.model = model
         self._block_bytes = block_bytes
         self._allowed = allowed
         # A streamed response has no room for its receipt: the last few stand on the page.
@@ -95,7 +95,7 @@ class Page:
             return
         self._written_s, self._due = now, False
         page = {
-            "model": self._model,
+            "model": self.model,
             "pid": os.getpid(),
             "updated_s": time.time(),
             "host": {

@@ -28,6 +28,7 @@ from kvmem.engines.vllm.seen import Seen
 from kvmem.engines.vllm.shadow import Shadows
 from kvmem.engines.vllm.storing import Storing
 from kvmem.engines.vllm.tables import BlockTables
+from kvmem.engines.vllm.telemetry import Telemetry, log_of
 from kvmem.engines.vllm.weights import Live
 from kvmem.engines.vllm.wire import (
     MAP_FAILED,
@@ -74,6 +75,7 @@ class SchedulerHalf:
         self.ranks = vllm_config.parallel_config.tensor_parallel_size
         self.namespace = namespace_of(config, vllm_config, kv_cache_config, self.geometry)
         self.bus = events.Bus()
+        event_log = log_of(config)
         self.reclaimed = sweep()
         self.arena = make_arena(config, vllm_config, self.geometry, self.namespace)
         self.disk = open_disk(config, self.arena, self.namespace, self.bus)
@@ -96,6 +98,7 @@ class SchedulerHalf:
         self.proofs = Proofs(self.ranks, self.bus, time.monotonic)
         self.live = Live(self, vllm_config)
         self.misses = Misses(self, getattr(model, "tokenizer", None))
+        self.telemetry = Telemetry(self, vllm_config, event_log)
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -115,6 +118,7 @@ class SchedulerHalf:
         rate = config.scrub_mb_s * 1e6
         self.scrub = Scrub(self.arena, self.cache.published, rate) if rate else None
         self.write_stats()
+        self.telemetry.open()
 
     def _switched(self, now: Switch) -> None:
         self.bus.emit(events.Switched(loads=now.loads, stores=now.stores))
@@ -123,6 +127,24 @@ class SchedulerHalf:
     def bind(self, device_pool: BlockPool) -> None:
         """The engine's own block pool, to see what a reset left in it."""
         self._device_pool = device_pool
+
+    @property
+    def n_running(self) -> int:
+        """Requests that are not over."""
+        return len(self._seen)
+
+    def off(self) -> dict[str, str]:
+        """Which of "loads" and "stores" are off for all requests, and by whom."""
+        now = self.switch.peek()
+        found = {}
+        for what, set_on in (("loads", self.config.load), ("stores", self.config.store)):
+            if not set_on or not getattr(now, what):
+                found[what] = "switch" if set_on else "setting"
+        if self.proofs.failed:
+            found.setdefault("loads", "proof")
+        if not self._worker_maps:
+            found.setdefault("loads", "worker")
+        return found
 
     def seen(self, request_id: str) -> Seen | None:
         """What is kept of a request that is not over."""
@@ -138,13 +160,17 @@ class SchedulerHalf:
         receipt = Receipt(error=wishes.error, store_off=wishes.store_off)
         seen = Seen(request, wishes, receipt, keys, stored)
         # The engine hashes the salt into every key: these blocks are nobody else's (I10).
-        prefix = self.config.approximate_salt
-        salt = getattr(request, "cache_salt", None) or ""
-        seen.approximate = prefix is not None and salt.startswith(prefix)
+        seen.approximate = self.is_approximate(getattr(request, "cache_salt", None) or "")
         receipt.exact = not seen.approximate
+        seen.began_s = time.time()
         self._seen[request.request_id] = seen
         self.totals.requests += 1
         self._maybe_shadow(request, seen)
+
+    def is_approximate(self, salt: str) -> bool:
+        """Whether requests with this salt may be answered approximately (I10)."""
+        prefix = self.config.approximate_salt
+        return prefix is not None and salt.startswith(prefix)
 
     def _maybe_shadow(self, request: Request, seen: Seen) -> None:
         """Has a share of the hits computed and compared: the engine's own are off for them, too."""
@@ -502,6 +528,7 @@ class SchedulerHalf:
         receipt = seen.receipt.finish(request, self.geometry.block_tokens)
         self.totals.add(seen.receipt)
         self.page.finished(request.request_id, receipt["tokens"])
+        self.telemetry.answered(seen)
         runs = self.misses.finished(seen)
         if runs is not None:
             receipt["misses"] = runs
@@ -545,10 +572,15 @@ class SchedulerHalf:
         scrubbed = self.scrub.stats() if self.scrub is not None else None
         self.page.write(self.cache.stats(), scrubbed, self.cache.quarantined(), self.misses.page)
 
+    def take_stats(self) -> Any:
+        """What changed of the figures since this was asked last, for vLLM's own metrics."""
+        return self.telemetry.stats()
+
     def close(self) -> None:
         """Unmaps the arena and removes its file."""
         try:
             self.live.close()
+            self.telemetry.close()
             self.write_stats()
             self.misses.close()
         finally:

@@ -27,7 +27,8 @@ class Seen:
     request's adapter, as `Live.admit` settled it. `shadowed`: it is computed although it is stored.
     `approximate`: its salt is of those that may be answered approximately (I10). `load_began`: how
     often it had been preempted when its load was allocated. `bad_load`: what failed was a check of
-    its load. `case` is why what is missing of it is missing.
+    its load. `case` is why what is missing of it is missing. `began_s`: when it came, in seconds
+    since 1970.
     """
 
     request: Request
@@ -48,6 +49,7 @@ class Seen:
     approximate: bool = False
     adapter: bytes = b""
     case: Case | None = None
+    began_s: float = 0.0
 
     def forget_stored(self) -> None:
         """The engine begins the request anew."""

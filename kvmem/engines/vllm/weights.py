@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kvmem.engines.vllm.scheduler import SchedulerHalf
     from kvmem.engines.vllm.seen import Seen
 
-__all__ = ["HARMLESS", "Live", "empty", "poison"]
+__all__ = ["HARMLESS", "Live", "empty", "poison", "tweak_of"]
 
 log = logging.getLogger("kvmem")
 
@@ -134,8 +134,7 @@ class Live:
         seen.adapter = b""
         if lora is not None and self._adapters is not None:
             seen.adapter = self._adapters.content(lora)
-        near = APPROXIMATE if seen.approximate else b""
-        seen.keys.tweak = self.epoch + seen.adapter + near
+        seen.keys.tweak = tweak_of(self.epoch, seen.adapter, approximate=seen.approximate)
         return not seen.adapter or self._is_on_device(seen) or start == 0
 
     def _is_on_device(self, seen: Seen) -> bool:
@@ -258,14 +257,24 @@ class Live:
         request.num_computed_tokens = 0
         return True
 
+    @property
+    def manager(self) -> Any:
+        """The engine's own KV cache manager; None before its first request."""
+        scheduler = self._scheduler() if self._scheduler is not None else None
+        return getattr(scheduler, "kv_cache_manager", None)
+
     def empty_device(self) -> bool:
         """Whether the engine's own prefix cache is empty now."""
         self._on_device.clear()
         pool: BlockPool | None = self._half._device_pool
-        if pool is None and self._scheduler is not None:  # before 0.30
-            manager = getattr(self._scheduler(), "kv_cache_manager", None)
-            pool = getattr(manager, "block_pool", None)
+        if pool is None:  # before 0.30
+            pool = getattr(self.manager, "block_pool", None)
         return pool is not None and empty(pool)
+
+
+def tweak_of(epoch: bytes, adapter: bytes, *, approximate: bool) -> bytes:
+    """What is in the keys of blocks beside their tokens and their salt."""
+    return epoch + adapter + (APPROXIMATE if approximate else b"")
 
 
 def empty(pool: BlockPool) -> bool:

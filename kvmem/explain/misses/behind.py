@@ -35,6 +35,11 @@ class Behind:
         self._closed = False
         self._soon, self._asked = False, 0
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that are not done."""
+        return len(self._jobs)
+
     def add(self, job: Job, *, soon: bool = False) -> bool:
         """Hands in a job; False where too many wait. One that is not needed `soon` may wait for
         others, since waking a thread costs more than handing in a job."""

@@ -32,7 +32,7 @@ from kvmem.explain.misses.reasons import fix_of
 from kvmem.explain.misses.runs import Fates, Known, Lookup, Run, known_of, runs_of
 from kvmem.explain.misses.sums import Cause, Pace, Sums
 
-__all__ = ["Case", "Explained", "Explainer", "Record"]
+__all__ = ["Case", "Explained", "Explainer", "Record", "named", "told_of"]
 
 RECENT = 32
 ID_CHARS = 96
@@ -60,7 +60,7 @@ class Record:
 
     def become(self, explained: Explained) -> None:
         """It is now this."""
-        self.told = [_told(run) for run in explained.runs]
+        self.told = [told_of(run) for run in explained.runs]
         self.packed = msgspec.msgpack.encode(explained)
         self.explained = explained
 
@@ -139,6 +139,32 @@ class Explainer:
 
     def look(self, case: Case, prompt: Prompt, before: Case | None = None) -> None:
         """Why what is missing of a prompt is missing; asked again, `before` is the case before."""
+        runs = self._runs(case, prompt, before, tells_salt=True)
+        case.record = Record(
+            Explained(
+                prompt.request_id[:ID_CHARS],
+                prompt.session[:ID_CHARS],
+                prompt.n_tokens,
+                self._clock(),
+                tuple(runs),
+            )
+        )
+
+    def wait_for_name(self, case: Case, seconds: float) -> None:
+        """Returns when a case's break is named, where it has one, or after so long."""
+        if self._namer is not None and case.broken is not None:
+            self._namer.wait(case.broken, seconds)
+
+    def preview(self, case: Case, prompt: Prompt) -> list[Run]:
+        """The runs of a prompt that nobody has sent; nothing is kept. Called as `look` is.
+
+        That a session came with another salt is not told: this costs who asks nothing (I11).
+        """
+        return self._runs(case, prompt, None, tells_salt=False)
+
+    def _runs(
+        self, case: Case, prompt: Prompt, before: Case | None, *, tells_salt: bool
+    ) -> list[Run]:
         past, shared = self.pasts.find(prompt)
         runs = runs_of(
             prompt,
@@ -147,21 +173,13 @@ class Explainer:
             past,
             shared,
             block_tokens=self._block_tokens,
-            other_salt=past is None and self.pasts.other_salt(prompt),
+            other_salt=tells_salt and past is None and self.pasts.other_salt(prompt),
         )
         case.prompt, case.past, case.shared = prompt, past, shared
         if past is not None:
             runs = self._break(case, prompt, past, runs, before)
         ms = self.pace.s_per_token * 1e3
-        case.record = Record(
-            Explained(
-                prompt.request_id[:ID_CHARS],
-                prompt.session[:ID_CHARS],
-                prompt.n_tokens,
-                self._clock(),
-                tuple(msgspec.structs.replace(r, ms=round(r.tokens * ms, 3)) for r in runs),
-            )
-        )
+        return [msgspec.structs.replace(r, ms=round(r.tokens * ms, 3)) for r in runs]
 
     def _break(
         self, case: Case, prompt: Prompt, past: Past, runs: list[Run], before: Case | None
@@ -201,7 +219,7 @@ class Explainer:
             return None
         if broken is not None and broken.verdict is not None:
             one = record.explained
-            runs = tuple(_named(run, broken) for run in one.runs)
+            runs = tuple(named(run, broken) for run in one.runs)
             record.become(msgspec.structs.replace(one, runs=runs))
         self.recent.append(record)
         self._recent_bytes += len(record.packed)
@@ -233,7 +251,7 @@ class Explainer:
                 self._unnamed.popitem(last=False)
         self.settle()
 
-    def _tell(self, request_id: str, run: Run) -> None:
+    def _tell(self, request_id: str, run: Run, was: str = "") -> None:
         self._bus.emit(
             events.Missed(
                 request_id=request_id,
@@ -244,6 +262,7 @@ class Explainer:
                 role=run.role,
                 message=run.message,
                 tier=run.tier,
+                was=was,
             )
         )
 
@@ -251,13 +270,13 @@ class Explainer:
         """Takes in what the namer has found since, of requests that are over; `end` does."""
         for which in [i for i, (broken, _, _) in self._unnamed.items() if broken.done]:
             broken, run, record = self._unnamed.pop(which)
-            named, now, one = _named(run, broken), self._clock(), record.explained
-            if named == run:
+            new, now, one = named(run, broken), self._clock(), record.explained
+            if new == run:
                 continue
             self.sums.add(run, now, times=-1)
-            self.sums.add(named, now)
-            self._tell(one.request_id, named)
-            runs = tuple(named if other == run else other for other in one.runs)
+            self.sums.add(new, now)
+            self._tell(one.request_id, new, run.reason)
+            runs = tuple(new if other == run else other for other in one.runs)
             self._recent_bytes -= len(record.packed)
             record.become(msgspec.structs.replace(one, runs=runs))
             self._recent_bytes += len(record.packed)
@@ -275,7 +294,8 @@ class Explainer:
             self._namer.close()
 
 
-def _told(run: Run) -> dict[str, Any]:
+def told_of(run: Run) -> dict[str, Any]:
+    """A run as a receipt has it, with what to do about it."""
     told: dict[str, Any] = msgspec.to_builtins(run)
     fix = fix_of(run.reason)
     if fix:
@@ -283,7 +303,8 @@ def _told(run: Run) -> dict[str, Any]:
     return told
 
 
-def _named(run: Run, broken: Broken | None) -> Run:
+def named(run: Run, broken: Broken | None) -> Run:
+    """The run under the name that was found for its change, where one was."""
     if run.reason != "input_changed" or broken is None or broken.verdict is None:
         return run
     verdict = broken.verdict

@@ -86,6 +86,12 @@ class Namer:
         self._failed = failed
         self._queue: queue.Queue[Broken | None] = queue.Queue(MOST_WAITING)
         self._thread: threading.Thread | None = None
+        self._one_done = threading.Condition()
+
+    def wait(self, broken: Broken, seconds: float) -> None:
+        """Returns when this break is named or given up, or after so long."""
+        with self._one_done:
+            self._one_done.wait_for(lambda: broken.done, seconds)
 
     def submit(self, broken: Broken) -> None:
         """Has a break named, unless too many wait."""
@@ -132,7 +138,9 @@ class Namer:
                 if self._failed is not None:
                     self._failed(f"{type(error).__name__}: {error}")
             finally:
-                broken.done = True
+                with self._one_done:
+                    broken.done = True
+                    self._one_done.notify_all()
                 broken.old = broken.new = b""
                 self._queue.task_done()
         self._queue.task_done()

@@ -171,6 +171,12 @@ class Pasts:
         salt = self._salts.get(prompt.session) if prompt.session else None
         return salt is not None and salt != prompt.salt
 
+    def of_session(self, session: str) -> list[Past]:
+        """A session's prompts, the latest first, whatever its salt: for whoever runs the engine."""
+        return [
+            past for (_, name), pasts in self._named.items() if name == session for past in pasts
+        ]
+
     # -- keeping -----------------------------------------------------------------------------
 
     def keep(
