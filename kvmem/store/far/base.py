@@ -1,0 +1,48 @@
+"""What a far tier asks of a store: named values, in batches, each call over by its timeout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from typing_extensions import Buffer
+
+__all__ = ["FarStore", "Unsupported"]
+
+
+class Unsupported(OSError):
+    """The store can't do this at all: trying again is of no use."""
+
+
+class FarStore(Protocol):
+    """A shared store of named values. All methods may be called from any thread.
+
+    Each raises OSError where the store fails or does not answer in its time; one that raised may be
+    asked again. A value is opaque: who wrote it, and whether it is whole, the caller finds out.
+    """
+
+    def exists(self, names: Sequence[bytes]) -> list[bool]:
+        """Whether there is a value of each name. One that is no value of ours may count as none."""
+
+    def get(self, names: Sequence[bytes], most_bytes: int) -> list[Buffer | None]:
+        """The values, None for one that is not there.
+
+        The caller's until it lets go of them. What is longer than `most_bytes` comes as no more
+        than `most_bytes` + 1 bytes, so that no stranger's value takes memory without bound (I7).
+        """
+
+    def put(self, names: Sequence[bytes], values: Sequence[Buffer]) -> list[bool]:
+        """Stores each value whole or not at all; False for those that there is no room for."""
+
+    def mark(self, name: bytes, new: bytes, *, replace: bool) -> bytes:
+        """The small value of that name; `new` where there is none yet, or with `replace` always.
+
+        Raises:
+            Unsupported: the store can't replace a value.
+        """
+
+    def drop(self, names: Sequence[bytes]) -> None:
+        """These values are not needed any more; where the store can't remove, nothing happens."""
+
+    def close(self) -> None:
+        """Ends all connections; calls under way raise OSError."""

@@ -1,0 +1,98 @@
+"""A block as a far store holds it: a head that says what it is, then the bytes of all ranks.
+
+docs/formats.md is the grammar ("A far value"); a test holds the two together. A far store is
+shared and nobody's own: all that comes back is checked against what was asked for (I1, I5, I11).
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+__all__ = ["Head", "head_bytes", "name_of", "read_head"]
+
+MAGIC = b"KVMEMFAR"
+VERSION = 1
+APPROXIMATE = 1
+_FIXED = struct.Struct("<8sII32s32sIIQ")
+_SUM = struct.Struct("<Q")
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """What a value says of itself: `share_bytes` of each rank, and the XXH3-64 of each share."""
+
+    namespace: bytes
+    key: bytes
+    group: int
+    share_bytes: int
+    sums: tuple[int, ...]
+    approximate: bool = False
+
+    def encode(self) -> bytes:
+        """`head_bytes(ranks)` bytes."""
+        flags = APPROXIMATE if self.approximate else 0
+        text = _FIXED.pack(
+            MAGIC, VERSION, flags, self.namespace, self.key, self.group, len(self.sums),
+            self.share_bytes,
+        )  # fmt: skip
+        text += struct.pack(f"<{len(self.sums)}Q", *self.sums)
+        return text + _SUM.pack(xxhash.xxh3_64_intdigest(text))
+
+
+def head_bytes(ranks: int) -> int:
+    """Bytes before the shares."""
+    return _FIXED.size + 8 * ranks + _SUM.size
+
+
+def name_of(namespace: bytes, mark: bytes, group: int, key: bytes) -> bytes:
+    """Under which name a block is found; `mark` changes when all of a namespace is forgotten."""
+    return b"kvmem:1:%b:%b:%d:%b" % (
+        namespace.hex().encode(),
+        mark.hex().encode(),
+        group,
+        key.hex().encode(),
+    )
+
+
+def read_head(
+    value: npt.NDArray[np.uint8], *, namespace: bytes, key: bytes, group: int, ranks: int, most: int
+) -> Head | str:
+    """The head of the block that was asked for, or why the value is not it.
+
+    Args:
+        value: all bytes of it.
+        namespace: the only one whose blocks are valid.
+        key: full, 32 bytes (I1).
+        group: the KV-cache group.
+        ranks: how many shares.
+        most: bytes of a share at most.
+    """
+    n_head = head_bytes(ranks)
+    if len(value) < n_head:
+        return "short"
+    text = value[:n_head].tobytes()
+    magic, version, flags, its_namespace, its_key, its_group, its_ranks, share_bytes = (
+        _FIXED.unpack_from(text)
+    )
+    if magic != MAGIC or version != VERSION or flags & ~APPROXIMATE:
+        return "format"
+    if its_namespace != namespace or its_ranks != ranks:
+        return "namespace"
+    if its_key != key or its_group != group:
+        return "identity"
+    if xxhash.xxh3_64_intdigest(text[:-8]) != _SUM.unpack_from(text, n_head - 8)[0]:
+        return "header"
+    if not 0 < share_bytes <= most or len(value) != n_head + ranks * share_bytes:
+        return "length"
+    return Head(
+        namespace=namespace,
+        key=key,
+        group=group,
+        share_bytes=share_bytes,
+        sums=struct.unpack_from(f"<{ranks}Q", text, _FIXED.size),
+        approximate=bool(flags & APPROXIMATE),
+    )
