@@ -49,9 +49,11 @@ class RedisServer:
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        with contextlib.closing(self.client(Retry(ConstantBackoff(0.01), int(START_S / 0.01)))) as c:
-            with contextlib.suppress(redis.AuthenticationError):  # it answers
-                c.ping()
+        with (
+            contextlib.closing(self.client(Retry(ConstantBackoff(0.01), int(START_S / 0.01)))) as c,
+            contextlib.suppress(redis.AuthenticationError),
+        ):  # it answers
+            c.ping()
 
     def client(self, retry: Retry | None = None, **options: Any) -> redis.Redis:
         return redis.Redis(

@@ -11,9 +11,9 @@ A `Cache` serves one namespace. A prompt comes as one list of keys for each KV-c
 model. Full-attention groups are chains, each block below its parent (I2); the blocks of windows
 and states are each by themselves, and a prompt can be resumed only where all that its groups read
 there is here. What only the disk or a far store has is promised to nobody: `acquire` begins to
-bring it up and answers "not yet" until the host has it, checked. A `Cache` never touches KV bytes: it hands out
-slots, and who copies reads each slot's identity back (I1). Calls come from one thread, the
-engine's scheduler; `stats()` may be called from any.
+bring it up and answers "not yet" until the host has it, checked. A `Cache` never touches KV bytes:
+it hands out slots, and who copies reads each slot's identity back (I1). Calls come from one thread,
+the engine's scheduler; `stats()` may be called from any.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import numpy as np
 
 from kvmem import events
 from kvmem._core import HostTier
-from kvmem.types import GroupShape, Move, Moved, Probed
+from kvmem.types import NO_PARENT, GroupShape, Move, Moved, Probed
 
 __all__ = ["Carrier", "FarMoves"]
 
@@ -292,7 +292,7 @@ class FarMoves:
         if stop <= near or not self._carrier.on:
             return
         n_bytes = 0
-        for shape, keys in zip(self._groups, chains, strict=True):
+        for shape in self._groups:
             first = max(near // shape.block_tokens, shape.first_needed(stop))
             n_bytes += (stop // shape.block_tokens - first) * self._carrier.block_bytes
         compute_s = (stop - near) * self.s_per_token
@@ -326,6 +326,7 @@ class FarMoves:
             move = Move(
                 ticket=next(self._tickets), group=group, key=bytes(keys[i]), slot=slot,
                 slot_generation=generation, record=0, record_generation=0,
+                parent=bytes(keys[i - 1]) if i else NO_PARENT,
             )  # fmt: skip
             if not self._carrier.read(move):
                 break
@@ -378,6 +379,7 @@ class FarMoves:
             move = Move(
                 ticket=next(self._tickets), group=group, key=key, slot=slot,
                 slot_generation=generation, record=0, record_generation=0,
+                parent=bytes(keys[i - 1]) if i else NO_PARENT,
             )  # fmt: skip
             if not self._carrier.write(move, force=key in self._bad):
                 # Queue or store are full. What hangs below would be of no use.

@@ -570,7 +570,7 @@ class Engine:
         assert not self.scheduler.requests
         assert self.pool.get_num_free_blocks() == self.n_device - 1
         t = self.half.totals
-        here = t.tokens_hit_device + t.tokens_hit_host + t.tokens_hit_disk
+        here = t.tokens_hit_device + t.tokens_hit_host + t.tokens_hit_disk + t.tokens_hit_far
         assert t.prompt_tokens == here + t.tokens_computed
         if not self.faulted:
             assert t.requests == len(self.turns)

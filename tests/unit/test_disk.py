@@ -62,6 +62,8 @@ class Host:
             root, disk_bytes, self.arena, namespace, self.bus, codec=codec, faults=faults, **more
         )
         self.far = Far(far, self.arena, namespace, self.bus) if far is not None else None
+        if self.far is not None and self.far._trial is not None:
+            self.far._trial.result(30)
         # One of the two below the host: what the far store does is not hidden by the disk.
         mover = self.disk if far is None else None
         self.cache = Cache(n_slots, GROUPS, mover=mover, carrier=self.far, bus=self.bus)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from typing_extensions import Buffer
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["FarStore", "Unsupported"]
+__all__ = ["Bytes", "FarStore", "Unsupported"]
+
+Bytes = npt.NDArray[np.uint8]
 
 
 class Unsupported(OSError):
@@ -24,14 +27,14 @@ class FarStore(Protocol):
     def exists(self, names: Sequence[bytes]) -> list[bool]:
         """Whether there is a value of each name. One that is no value of ours may count as none."""
 
-    def get(self, names: Sequence[bytes], most_bytes: int) -> list[Buffer | None]:
+    def get(self, names: Sequence[bytes], most_bytes: int) -> list[bytes | memoryview | None]:
         """The values, None for one that is not there.
 
         The caller's until it lets go of them. What is longer than `most_bytes` comes as no more
         than `most_bytes` + 1 bytes, so that no stranger's value takes memory without bound (I7).
         """
 
-    def put(self, names: Sequence[bytes], values: Sequence[Buffer]) -> list[bool]:
+    def put(self, names: Sequence[bytes], values: Sequence[Bytes]) -> list[bool]:
         """Stores each value whole or not at all; False for those that there is no room for."""
 
     def mark(self, name: bytes, new: bytes, *, replace: bool) -> bytes:

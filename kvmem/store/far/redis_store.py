@@ -15,7 +15,8 @@ from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
-from typing_extensions import Buffer
+
+from kvmem.store.far.base import Bytes
 
 __all__ = ["RedisStore"]
 
@@ -74,9 +75,9 @@ class RedisStore:
             found += [not _is_strange(one) and one > 0 for one in answers]
         return found
 
-    def get(self, names: Sequence[bytes], most_bytes: int) -> list[Buffer | None]:
+    def get(self, names: Sequence[bytes], most_bytes: int) -> list[bytes | memoryview | None]:
         """The values' bytes; a value of another type comes as no bytes."""
-        found: list[Buffer | None] = []
+        found: list[bytes | memoryview | None] = []
         for chunk in _chunks(names, [most_bytes] * len(names)):
             pipe = self._client.pipeline(transaction=False)
             for i in chunk:
@@ -86,13 +87,13 @@ class RedisStore:
                 found.append(b"" if _is_strange(one) else one or None)
         return found
 
-    def put(self, names: Sequence[bytes], values: Sequence[Buffer]) -> list[bool]:
+    def put(self, names: Sequence[bytes], values: Sequence[Bytes]) -> list[bool]:
         """SET, which replaces what is there whole; False where the server's memory is full."""
         done: list[bool] = []
-        for chunk in _chunks(names, [memoryview(value).nbytes for value in values]):
+        for chunk in _chunks(names, [value.nbytes for value in values]):
             pipe = self._client.pipeline(transaction=False)
             for i in chunk:
-                pipe.set(names[i], memoryview(values[i]), ex=self._ttl_s or None)
+                pipe.set(names[i], values[i].data, ex=self._ttl_s or None)
             for one in self._run(pipe):
                 if isinstance(one, RedisError) and not isinstance(one, OutOfMemoryError):
                     raise OSError(f"the server refuses to store: {one}")

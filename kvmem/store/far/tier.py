@@ -18,12 +18,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from kvmem import events
 from kvmem._core import SlotShares
 from kvmem.store.arena import Arena
-from kvmem.store.far.base import FarStore, Unsupported
+from kvmem.store.far.base import Bytes, FarStore, Unsupported
 from kvmem.store.far.value import Head, head_bytes, name_of, read_head
 from kvmem.types import Move, Moved, Probed
 
@@ -43,7 +42,6 @@ MARK_S = 1.0
 FULL_S = 5.0
 SLOW_SHARE = 0.2  # of the newest measurement in what is remembered
 
-Bytes = npt.NDArray[np.uint8]
 SOURCE, RECORD, IO, ROOM, GONE = "source", "record", "io", "room", "gone"
 _TAKE_FAULTS = {0: "", 1: SOURCE, 2: SOURCE, 3: SOURCE, 4: SOURCE}
 _PUT_FAULTS = {0: "", 1: SOURCE, 2: SOURCE, 3: RECORD, 4: RECORD}
@@ -295,7 +293,7 @@ class Far:
             store.drop([name])
         except OSError as error:
             return str(error) or type(error).__name__
-        except Exception as error:  # a client's own bug must not end the tier's trials (I9)
+        except Exception as error:  # noqa: BLE001  a client's own bug must not end the tier's trials (I9)
             self._bus.emit(events.Failure(where="far.try", error=repr(error)))
             return repr(error)
         if found is None or np.frombuffer(found, np.uint8).tobytes() != value.tobytes():
@@ -350,7 +348,7 @@ class Far:
                 error = ""
             except OSError as failure:
                 over, error = _all_failed(job), str(failure) or type(failure).__name__
-            except Exception as failure:  # a thread that ends would leave requests waiting (I9)
+            except Exception as failure:  # noqa: BLE001  a thread that ends would leave requests waiting (I9)
                 over, error = _all_failed(job), repr(failure)
                 self._bus.emit(events.Failure(where="far", error=repr(failure)))
             with self._lock:
@@ -419,9 +417,8 @@ class Far:
         """Puts a value into its slot, where it is the block that was asked for (I1, I5, I10)."""
         head = read_head(
             value,
+            move,
             namespace=self._namespace,
-            key=move.key,
-            group=move.group,
             ranks=self._ranks,
             most=self._share_bytes,
         )
@@ -483,6 +480,7 @@ class Far:
         head = Head(
             namespace=self._namespace,
             key=move.key,
+            parent=move.parent,
             group=move.group,
             share_bytes=share_bytes,
             sums=tuple(sums.tolist()),

@@ -13,20 +13,24 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvmem.types import Move
+
 __all__ = ["Head", "head_bytes", "name_of", "read_head"]
 
 MAGIC = b"KVMEMFAR"
 VERSION = 1
 APPROXIMATE = 1
-_FIXED = struct.Struct("<8sII32s32sIIQ")
+_FIXED = struct.Struct("<8sII32s32s32sIIQ")
 _SUM = struct.Struct("<Q")
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What a value says of itself: `share_bytes` of each rank, and the XXH3-64 of each share."""
+    """What a value says of itself: below which block it hangs (zeros: none), `share_bytes` of each
+    rank, and the XXH3-64 of each share."""
 
     namespace: bytes
     key: bytes
+    parent: bytes
     group: int
     share_bytes: int
     sums: tuple[int, ...]
@@ -36,8 +40,8 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         """`head_bytes(ranks)` bytes."""
         flags = APPROXIMATE if self.approximate else 0
         text = _FIXED.pack(
-            MAGIC, VERSION, flags, self.namespace, self.key, self.group, len(self.sums),
-            self.share_bytes,
+            MAGIC, VERSION, flags, self.namespace, self.key, self.parent, self.group,
+            len(self.sums), self.share_bytes,
         )  # fmt: skip
         text += struct.pack(f"<{len(self.sums)}Q", *self.sums)
         return text + _SUM.pack(xxhash.xxh3_64_intdigest(text))
@@ -59,15 +63,14 @@ def name_of(namespace: bytes, mark: bytes, group: int, key: bytes) -> bytes:
 
 
 def read_head(
-    value: npt.NDArray[np.uint8], *, namespace: bytes, key: bytes, group: int, ranks: int, most: int
+    value: npt.NDArray[np.uint8], move: Move, *, namespace: bytes, ranks: int, most: int
 ) -> Head | str:
     """The head of the block that was asked for, or why the value is not it.
 
     Args:
         value: all bytes of it.
+        move: which block was asked for: full key, its parent's, group (I1, I2).
         namespace: the only one whose blocks are valid.
-        key: full, 32 bytes (I1).
-        group: the KV-cache group.
         ranks: how many shares.
         most: bytes of a share at most.
     """
@@ -75,14 +78,14 @@ def read_head(
     if len(value) < n_head:
         return "short"
     text = value[:n_head].tobytes()
-    magic, version, flags, its_namespace, its_key, its_group, its_ranks, share_bytes = (
+    magic, version, flags, its_namespace, key, parent, group, its_ranks, share_bytes = (
         _FIXED.unpack_from(text)
     )
     if magic != MAGIC or version != VERSION or flags & ~APPROXIMATE:
         return "format"
     if its_namespace != namespace or its_ranks != ranks:
         return "namespace"
-    if its_key != key or its_group != group:
+    if key != move.key or parent != move.parent or group != move.group:
         return "identity"
     if xxhash.xxh3_64_intdigest(text[:-8]) != _SUM.unpack_from(text, n_head - 8)[0]:
         return "header"
@@ -91,6 +94,7 @@ def read_head(
     return Head(
         namespace=namespace,
         key=key,
+        parent=parent,
         group=group,
         share_bytes=share_bytes,
         sums=struct.unpack_from(f"<{ranks}Q", text, _FIXED.size),
