@@ -49,11 +49,11 @@ class RedisServer:
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        with (
-            contextlib.closing(self.client(Retry(ConstantBackoff(0.01), int(START_S / 0.01)))) as c,
-            contextlib.suppress(redis.AuthenticationError),
-        ):  # it answers
-            c.ping()
+        options = dict(zip(self._options[::2], self._options[1::2], strict=True))
+        until_it_listens = Retry(ConstantBackoff(0.01), int(START_S / 0.01))
+        password = options.get("--requirepass")
+        with contextlib.closing(self.client(until_it_listens, password=password)) as client:
+            client.ping()
 
     def client(self, retry: Retry | None = None, **options: Any) -> redis.Redis:
         return redis.Redis(

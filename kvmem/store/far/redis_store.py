@@ -56,9 +56,7 @@ class RedisStore:
     def _client(self) -> Any:
         if self._made is None:  # a cluster's layout is asked for at once
             with _as_oserror():
-                self._made = RedisCluster.from_url(
-                    self._url, cluster_error_retry_attempts=1, **self._options
-                )
+                self._made = RedisCluster.from_url(self._url, **self._options)
         return self._made
 
     def exists(self, names: Sequence[bytes]) -> list[bool]:
@@ -108,7 +106,7 @@ class RedisStore:
         wrote, found = self._run(pipe)
         if isinstance(found, bytes) and found:
             return found
-        raise OSError(f"the server keeps no mark: {wrote!r}")
+        raise OSError(f"the server keeps no mark: {wrote}")
 
     def drop(self, names: Sequence[bytes]) -> None:
         """UNLINK: the server frees them beside its other work."""
