@@ -485,7 +485,7 @@ class Engine:
             return
         told = turn.receipt["tokens"]
         assert told["prompt"] == len(turn.prompt)
-        here = told["device"] + told["host"] + told["disk"]
+        here = told["device"] + told["host"] + told["disk"] + told["far"]
         assert told["prompt"] == here + told["computed"], told
         start = self.forward.first_start[request_id]
         assert here == start, (told, start)
@@ -550,9 +550,10 @@ class Engine:
         assert self.half.cache.check_integrity() == []
 
     def rest_disk(self) -> None:
-        """Until nothing is on its way between host and disk."""
+        """Until nothing is on its way between host, disk and far store."""
         for _ in range(1000):
-            if not self.half.cache.stats().get("disk", {}).get("under_way"):
+            stats = self.half.cache.stats()
+            if not any(stats.get(tier, {}).get("under_way") for tier in ("disk", "far")):
                 return
             self.half.cache.settle(0.1)
         raise AssertionError("moves do not end")
