@@ -16,7 +16,7 @@ import pytest
 from kvmem import events
 from kvmem.store.far import FarStore, check_url
 from kvmem.store.far.redis_store import CHUNK_BYTES, RedisStore
-from tests.redis_servers import RedisServer, binary, cluster
+from benchmarks._redis import RedisServer, binary, cluster
 from tests.unit.test_disk import Host, keys, start
 from tests.unit.test_far import CHAIN, far_of, forget_answers, name, put, told, trial
 
@@ -209,7 +209,7 @@ def test_tls_is_spoken_and_checked(
 ) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl to make a certificate with")
-    from tests.redis_servers import free_ports
+    from benchmarks._redis import free_ports
 
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(

@@ -17,7 +17,7 @@ from kvmem import events
 from kvmem.store.far import FarStore, check_url
 from kvmem.store.far.value import name_of
 from tests.far_stores import MemoryStore
-from tests.redis_servers import RedisServer, binary
+from benchmarks._redis import RedisServer, binary
 from tests.unit.test_disk import SHARE, Host, files, keys, place, start
 
 __all__ = ["start"]  # the fixture

@@ -1,4 +1,5 @@
-"""Real Redis servers for tests and benchmarks: on a Unix socket or loopback, private, ended."""
+"""Real Redis servers for tests and benchmarks: on a Unix socket or loopback, private, ended by
+their user."""
 
 from __future__ import annotations
 
