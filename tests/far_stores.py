@@ -38,17 +38,23 @@ class MemoryStore:
         self._call("exists", len(names))
         return [name in self.values for name in names]
 
-    def get(self, names: Sequence[bytes], most_bytes: int) -> list[bytes | memoryview | None]:
+    def get(self, names: Sequence[bytes], rooms: Sequence[Bytes]) -> list[int]:
         self._call("get", len(names))
-        found = [self.values.get(name) for name in names]
-        return [None if one is None else one[: most_bytes + 1] for one in found]
+        sizes = []
+        for name, room in zip(names, rooms, strict=True):
+            value = self.values.get(name)
+            kept = np.frombuffer(value or b"", np.uint8)[: len(room)]
+            room[: len(kept)] = kept
+            sizes.append(-1 if value is None else len(value))
+        return sizes
 
-    def put(self, names: Sequence[bytes], values: Sequence[Bytes]) -> list[bool]:
+    def put(self, names: Sequence[bytes], values: Sequence[Sequence[Bytes | bytes]]) -> list[bool]:
         self._call("put", len(names))
         if self.full:
             return [False] * len(names)
         self.values.update(
-            (name, np.asarray(value).tobytes()) for name, value in zip(names, values, strict=True)
+            (name, b"".join(bytes(part) for part in value))
+            for name, value in zip(names, values, strict=True)
         )
         return [True] * len(names)
 

@@ -34,18 +34,13 @@ class PySlotShares {
     }
   }
 
-  nb::tuple Take(int64_t slot, uint64_t generation, uint32_t group, nb::bytes key, Buffer out) {
+  nb::tuple Look(int64_t slot, uint64_t generation, uint32_t group, nb::bytes key) {
     RequireSlot(slot, key);
     uint64_t length = 0;
     std::vector<uint64_t> sums(tables_.size());
-    CopyStatus status = CopyStatus::kRange;
-    {
-      nb::gil_scoped_release release;
-      status = TakeShares(tables_, static_cast<uint64_t>(slot), generation, group,
-                          reinterpret_cast<const std::byte*>(key.c_str()),
-                          reinterpret_cast<std::byte*>(out.data()), out.size(), &length,
-                          sums.data());
-    }
+    const CopyStatus status =
+        LookAtShares(tables_, static_cast<uint64_t>(slot), generation, group,
+                     reinterpret_cast<const std::byte*>(key.c_str()), &length, sums.data());
     return nb::make_tuple(static_cast<int>(status), length, ToNumpy(std::move(sums)));
   }
 
@@ -79,18 +74,17 @@ class PySlotShares {
 void RegisterShares(nb::module_& m) {
   nb::class_<PySlotShares>(
       m, "SlotShares",
-      "Copies whole blocks, all ranks' shares side by side, out of an arena's slots and into them.\n"
+      "Whole blocks in an arena's slots, all ranks' shares: what they are, and how they get in.\n"
       "Any thread.\n\n"
       "Statuses: 0 ok, 1 the slot holds another block, 2 it has moved on, 3 the bytes are not the\n"
       "ones that the checksums were taken of, 4 too long.")
       .def(nb::init<Buffer>(), "arena"_a.noconvert(),
            "Keeps the buffer alive.\n\nRaises:\n    ValueError: it is no arena.")
-      .def("take", &PySlotShares::Take, "slot"_a, "generation"_a, "group"_a, "key"_a,
-           "out"_a.noconvert(),
-           nb::sig("def take(self, slot: int, generation: int, group: int, key: bytes, "
-                   "out: numpy.typing.NDArray[numpy.uint8]) -> "
+      .def("look", &PySlotShares::Look, "slot"_a, "generation"_a, "group"_a, "key"_a,
+           nb::sig("def look(self, slot: int, generation: int, group: int, key: bytes) -> "
                    "tuple[int, int, numpy.typing.NDArray[numpy.uint64]]"),
-           "A block to `out`: status, bytes of a share, XXH3-64 of each share [ranks].")
+           "What a slot says of a block: status, bytes of a share, XXH3-64 of each share [ranks].\n"
+           "Who reads the bytes asks again after it.")
       .def("put", &PySlotShares::Put, "slot"_a, "generation"_a, "group"_a, "key"_a,
            "shares"_a.noconvert(), "sums"_a.noconvert(),
            nb::sig("def put(self, slot: int, generation: int, group: int, key: bytes, "

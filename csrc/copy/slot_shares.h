@@ -1,5 +1,5 @@
-// A whole block out of a slot or into one, all ranks' shares side by side: for tiers that carry
-// blocks in memory of their own.
+// A whole block in a slot, all ranks' shares, as tiers see it that carry blocks by a program's own
+// means: what it is, and how it gets in.
 //
 // Thread safety: any thread, beside writers and readers of the same slots (slot_table.h, A1 to A3).
 #pragma once
@@ -13,12 +13,11 @@
 
 namespace kvmem {
 
-// Copies the block's shares to `out`, of `room` bytes, and their XXH3-64 to sums, one a table.
-// kChecksum: they are not the ones that were stored. On any but kOk `out` is undefined.
+// What a slot says of the block in it: bytes of a share, and the XXH3-64 of each to sums, one a
+// table. Whoever reads the bytes asks again after it (A2), and who receives them compares (I5).
 // REQUIRES: slot < n_slots(); `tables` are all ranks of one arena.
-CopyStatus TakeShares(const std::vector<SlotTable>& tables, uint64_t slot, uint64_t generation,
-                      uint32_t group, const std::byte* key, std::byte* out, uint64_t room,
-                      uint64_t* length, uint64_t* sums);
+CopyStatus LookAtShares(const std::vector<SlotTable>& tables, uint64_t slot, uint64_t generation,
+                        uint32_t group, const std::byte* key, uint64_t* length, uint64_t* sums);
 
 // Claims the slot, copies shares of `length` bytes each into it, and completes it where every
 // share's XXH3-64 is its sum (I5): what is there by then is complete, or never was (I4).

@@ -328,7 +328,13 @@ def test_a_store_that_returns_other_bytes_than_it_was_given_is_never_on(
     start: Callable[..., Host], store: MemoryStore
 ) -> None:
     right = store.get
-    store.get = lambda names, most: [b"x" for _ in right(names, most)]  # type: ignore[method-assign]
+
+    def other(names: list[bytes], rooms: list[np.ndarray]) -> list[int]:
+        sizes = right(names, rooms)
+        rooms[0][7] ^= 1
+        return sizes
+
+    store.get = other  # type: ignore[method-assign, assignment]
     host = start(far=lambda: store)
     assert not far_of(host).on
     assert "came back changed" in told(host, events.TierOff)[0].error

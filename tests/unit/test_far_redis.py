@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks._redis import RedisServer, binary, cluster
 from kvmem import events
 from kvmem.store.far import FarStore, check_url
 from kvmem.store.far.redis_store import CHUNK_BYTES, RedisStore
-from benchmarks._redis import RedisServer, binary, cluster
 from tests.unit.test_disk import Host, keys, start
 from tests.unit.test_far import CHAIN, far_of, forget_answers, name, put, told, trial
 
@@ -67,16 +67,23 @@ def blocks(n: int, size: int = 1000) -> list[np.ndarray]:
     return [draw.integers(0, 256, size, np.uint8) for _ in range(n)]
 
 
+def fetch(store: FarStore, names: list[bytes], room_bytes: int) -> list[bytes | None]:
+    rooms = [np.zeros(room_bytes, np.uint8) for _ in names]
+    sizes = store.get(names, rooms)
+    return [
+        None if size < 0 else room[:size].tobytes() for size, room in zip(sizes, rooms, strict=True)
+    ]
+
+
 def round_trip(store: FarStore, n: int = 40, size: int = 1000) -> None:
     names = [b"t:%d" % i for i in range(n)]
     values = blocks(n, size)
     assert store.exists(names) == [False] * n
-    assert store.put(names, values) == [True] * n
+    parts = [[b"head", value[:7], value[7:]] for value in values]
+    assert store.put(names, parts) == [True] * n
     assert store.exists([*names, b"none"]) == [*[True] * n, False]
-    found = store.get([*names, b"none"], size)
-    assert found[-1] is None
-    for one, value in zip(found, values, strict=False):
-        assert one == value.tobytes()
+    found = fetch(store, [*names, b"none"], size + 4)
+    assert found == [*[b"head" + value.tobytes() for value in values], None]
     store.drop(names[:1])
     assert store.exists(names[:2]) == [False, True]
     first = store.mark(b"m", b"1234", replace=False)
@@ -108,23 +115,35 @@ def test_values_come_back_from_a_cluster(tmp_path: Path, start: Callable[..., Ho
         assert len(told(host, events.TierOff)) == 1
 
 
-def test_more_than_a_chunk_goes_in_several(server: RedisServer) -> None:
-    size = CHUNK_BYTES // 3
+@pytest.mark.parametrize("size", [1, CHUNK_BYTES // 3, 2 * CHUNK_BYTES])
+def test_values_of_any_size_come_back(server: RedisServer, size: int) -> None:
     store = client(server.url)()
     names, values = [b"a", b"b", b"c", b"d", b"e"], blocks(5, size)
-    assert store.put(names, values) == [True] * 5
-    assert [bytes(one or b"") == value.tobytes() for one, value in
-            zip(store.get(names, size), values, strict=True)] == [True] * 5  # fmt: skip
+    assert store.put(names, [[value] for value in values]) == [True] * 5
+    assert fetch(store, names, size) == [value.tobytes() for value in values]
     store.close()
 
 
-def test_a_huge_value_is_cut_by_the_server(server: RedisServer) -> None:
+def test_a_huge_value_fills_its_room_and_no_more(server: RedisServer) -> None:
     with contextlib.closing(server.client()) as other:
         other.set("big", bytes(50 << 20))
+        other.set("next", b"next")
     store = client(server.url)()
-    (found,) = store.get([b"big"], 1000)
-    assert found is not None
-    assert len(found) == 1001
+    rooms = [np.ones(1000, np.uint8), np.ones(1000, np.uint8)]
+    sizes = store.get([b"big", b"next"], rooms)
+    assert sizes == [1001, 4]  # the server sends no more than that
+    assert rooms[1][:4].tobytes() == b"next"
+    store.close()
+
+
+def test_a_broken_connection_is_made_anew(server: RedisServer) -> None:
+    store = client(server.url)()
+    assert store.exists([b"a"]) == [False]
+    with contextlib.closing(server.client()) as other:
+        other.client_kill_filter(_type="normal", skipme=True)
+    with pytest.raises(OSError, match=r"closed|reset|pipe"):
+        store.exists([b"a"])
+    assert store.exists([b"a"]) == [False]
     store.close()
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks._redis import RedisServer, binary
 from kvmem import events
 from kvmem.store.far import FarStore, check_url
 from kvmem.store.far.value import name_of
 from tests.far_stores import MemoryStore
-from benchmarks._redis import RedisServer, binary
 from tests.unit.test_disk import SHARE, Host, files, keys, place, start
 
 __all__ = ["start"]  # the fixture
@@ -51,11 +51,10 @@ class Tier:
         """A bit of the block, wherever it lies."""
         if self.store is not None:
             name = self.name_of(key)
-            (value,) = self.store.get([name], 10 * SHARE)
-            assert value is not None
-            raw = bytearray(value)
-            raw[999] ^= 4
-            assert self.store.put([name], [np.frombuffer(raw, np.uint8)]) == [True]
+            room = np.empty(10 * SHARE, np.uint8)
+            (size,) = self.store.get([name], [room])
+            room[999] ^= 4
+            assert self.store.put([name], [[room[:size]]]) == [True]
             return
         if self.name == "disk":
             path = files(self.host)["data.kvd"]

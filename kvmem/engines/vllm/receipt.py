@@ -148,7 +148,8 @@ class Receipt:
         to the device. `miss` says why block `first_missing_block` was not here: none, new, evicted,
         pending, quarantined, cleared, abandoned, no_boundary, load_off or load_failed. `off` is
         there when loads or stores were off for this request, and says by whom: setting, request,
-        switch, proof, shadow or worker. `exact` is false where the request's salt allows KV that is approximate.
+        switch, proof, shadow or worker. `exact` is false where the request's salt allows KV that is
+        approximate.
         """
         self._counted = True
         self.prompt = request.num_prompt_tokens

@@ -27,15 +27,16 @@ class FarStore(Protocol):
     def exists(self, names: Sequence[bytes]) -> list[bool]:
         """Whether there is a value of each name. One that is no value of ours may count as none."""
 
-    def get(self, names: Sequence[bytes], most_bytes: int) -> list[bytes | memoryview | None]:
-        """The values, None for one that is not there.
+    def get(self, names: Sequence[bytes], rooms: Sequence[Bytes]) -> list[int]:
+        """The values, each into its room: how long it is, -1 for one that is not there.
 
-        The caller's until it lets go of them. What is longer than `most_bytes` comes as no more
-        than `most_bytes` + 1 bytes, so that no stranger's value takes memory without bound (I7).
+        Of one that is longer than its room no more than the room is filled, and the answer may be
+        any length beyond it, so that no stranger's value takes memory without bound (I7).
         """
 
-    def put(self, names: Sequence[bytes], values: Sequence[Bytes]) -> list[bool]:
-        """Stores each value whole or not at all; False for those that there is no room for."""
+    def put(self, names: Sequence[bytes], values: Sequence[Sequence[Bytes | bytes]]) -> list[bool]:
+        """Stores each value, given in parts, whole or not at all; False for those that there is no
+        room for."""
 
     def mark(self, name: bytes, new: bytes, *, replace: bool) -> bytes:
         """The small value of that name; `new` where there is none yet, or with `replace` always.

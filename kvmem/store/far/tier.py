@@ -43,7 +43,6 @@ FULL_S = 5.0
 SLOW_SHARE = 0.2  # of the newest measurement in what is remembered
 
 SOURCE, RECORD, IO, ROOM, GONE = "source", "record", "io", "room", "gone"
-_TAKE_FAULTS = {0: "", 1: SOURCE, 2: SOURCE, 3: SOURCE, 4: SOURCE}
 _PUT_FAULTS = {0: "", 1: SOURCE, 2: SOURCE, 3: RECORD, 4: RECORD}
 
 
@@ -96,7 +95,9 @@ class Far:
         self._most = head_bytes(self._ranks) + self._ranks * self._share_bytes
         self._batch = max(1, BATCH_BYTES // self._most)
         self._queue = max(QUEUE_LEAST, arena.header.n_slots // QUEUE_PART)
-        self._shares = SlotShares(np.frombuffer(arena.buffer, np.uint8))
+        self._arena = arena
+        self._data = np.frombuffer(arena.buffer, np.uint8)
+        self._shares = SlotShares(self._data)
         self._own = threading.local()
         # Guarded by _lock, which is never held while the store is asked.
         self._lock = threading.Condition()
@@ -284,11 +285,12 @@ class Far:
             if store.exists([name]) != [False]:
                 return "its proof failed: a value that nobody stored is there"
             rtt_s = time.monotonic() - begun
-            if store.put([name], [value]) != [True]:
+            if store.put([name], [[value]]) != [True]:
                 self._full_until_s = self._clock() + FULL_S
                 return ""  # full: what it has can be read
+            room = np.zeros(len(value), np.uint8)
             begun = time.monotonic()
-            (found,) = store.get([name], len(value))
+            found = store.get([name], [room])
             get_s = time.monotonic() - begun
             store.drop([name])
         except OSError as error:
@@ -296,7 +298,7 @@ class Far:
         except Exception as error:  # noqa: BLE001  a client's own bug must not end the tier's trials (I9)
             self._bus.emit(events.Failure(where="far.try", error=repr(error)))
             return repr(error)
-        if found is None or np.frombuffer(found, np.uint8).tobytes() != value.tobytes():
+        if found != [len(value)] or room.tobytes() != value.tobytes():
             return "its proof failed: a value came back changed"
         self._rtt_s = rtt_s
         self._bytes_s = len(value) / max(get_s - rtt_s, get_s / 2, 1e-9)
@@ -397,17 +399,22 @@ class Far:
     def _fetch_all(
         self, store: FarStore, moves: list[Move], names: list[bytes]
     ) -> list[Moved | Probed]:
+        rooms = list(self._room(len(moves)))
         begun = time.monotonic()
-        values = store.get(names, self._most)
+        sizes = store.get(names, rooms)
         io_s = time.monotonic() - begun
         over: list[Moved | Probed] = []
         n_bytes = 0
-        for move, value in zip(moves, values, strict=True):
-            got = None if value is None else np.frombuffer(value, np.uint8)
-            n_bytes += 0 if got is None else got.nbytes
-            fault, checksum = (GONE, 0) if got is None else self._check_in(move, got)
-            size = 0 if got is None or fault else got.nbytes
-            over.append(Moved(move.ticket, fault, checksum, size, io_s=io_s / len(moves)))
+        for move, room, size in zip(moves, rooms, sizes, strict=True):
+            n_bytes += max(0, size)
+            if size < 0:
+                fault, checksum = GONE, 0
+            elif size > len(room):  # I7
+                fault, checksum = RECORD, 0
+            else:
+                fault, checksum = self._check_in(move, room[:size])
+            right = 0 if fault else size
+            over.append(Moved(move.ticket, fault, checksum, right, io_s=io_s / len(moves)))
         rest_s = io_s - (self._rtt_s or 0.0)
         if n_bytes and rest_s > 0:
             self._bytes_s = _newer(self._bytes_s, n_bytes / max(rest_s, io_s / 2))
@@ -437,15 +444,14 @@ class Far:
         with self._lock:
             forced = {move.key for move in moves} & self._forced
             self._forced -= forced
-        rows = self._room(len(moves))
         there = store.exists(names)
         over: dict[int, Moved] = {}
-        chosen: list[tuple[Move, bytes, Bytes]] = []
+        chosen: list[tuple[Move, bytes, list[Bytes | bytes]]] = []
         for move, name, is_there in zip(moves, names, there, strict=True):
             if is_there and move.key not in forced:
                 over[move.ticket] = Moved(move.ticket, "")
                 continue
-            fault, value = self._check_out(move, rows[len(chosen)])
+            fault, value = self._look(move)
             if fault:
                 over[move.ticket] = Moved(move.ticket, fault)
             else:
@@ -454,8 +460,11 @@ class Far:
         done = store.put([name for _, name, _ in chosen], [value for _, _, value in chosen])
         io_s = time.monotonic() - begun
         for (move, _, value), is_done in zip(chosen, done, strict=True):
+            fault = "" if is_done else ROOM
+            if is_done and self._look(move)[0]:  # A2: it moved on while it was sent
+                fault = SOURCE
             over[move.ticket] = Moved(
-                move.ticket, "" if is_done else ROOM, bytes=value.nbytes if is_done else 0,
+                move.ticket, fault, bytes=0 if fault else sum(len(part) for part in value),
                 io_s=io_s / len(chosen),
             )  # fmt: skip
         if not all(done):
@@ -467,16 +476,16 @@ class Far:
         rows: Bytes | None = getattr(self._own, "rows", None)
         if rows is None or len(rows) < n:
             rows = self._own.rows = np.empty((n, self._most), np.uint8)
-        return rows
+        return rows[:n]
 
-    def _check_out(self, move: Move, value: Bytes) -> tuple[str, Bytes]:
-        """The value of a slot's block in `value`, its shares compared with their checksums (I5)."""
-        n_head = head_bytes(self._ranks)
-        status, share_bytes, sums = self._shares.take(
-            move.slot, move.slot_generation, move.group, move.key, value[n_head:]
+    def _look(self, move: Move) -> tuple[str, list[Bytes | bytes]]:
+        """The value of a slot's block, where it lies: its bytes are sent with the checksums that
+        they were stored with, and compared by who fetches them (I5)."""
+        status, share_bytes, sums = self._shares.look(
+            move.slot, move.slot_generation, move.group, move.key
         )
         if status:
-            return _TAKE_FAULTS[status], value
+            return SOURCE, []
         head = Head(
             namespace=self._namespace,
             key=move.key,
@@ -485,8 +494,8 @@ class Far:
             share_bytes=share_bytes,
             sums=tuple(sums.tolist()),
         )
-        value[:n_head] = np.frombuffer(head.encode(), np.uint8)
-        return "", value[: n_head + self._ranks * share_bytes]
+        starts = [self._arena.data_of(move.slot, rank) for rank in range(self._ranks)]
+        return "", [head.encode(), *(self._data[at : at + share_bytes] for at in starts)]
 
 
 def _all_failed(job: _Probe | _Batch) -> list[Moved | Probed]:
