@@ -7,6 +7,7 @@ own documentation has it ("Redis serialization protocol specification").
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = ["Refusal", "Wire"]
 
 BUFFER_BYTES = 1 << 16
 LINE_BYTES = 4096
+IOVECS = 512  # of one call; Linux takes 1,024
 Part = bytes | Bytes
 
 
@@ -36,22 +38,36 @@ class Wire:
 
     def send(self, commands: Sequence[Sequence[bytes | Sequence[Part]]]) -> None:
         """Commands at once; an argument may be of several parts, which stay where they are."""
+        pieces: list[bytes | memoryview] = []
         small: list[bytes] = []
         for command in commands:
             small.append(b"*%d\r\n" % len(command))
             for argument in command:
-                parts = [argument] if isinstance(argument, bytes) else list(argument)
-                size = sum(len(part) for part in parts)
-                small.append(b"$%d\r\n" % size)
+                parts = [argument] if isinstance(argument, bytes) else argument
+                small.append(b"$%d\r\n" % sum(len(part) for part in parts))
                 for part in parts:
                     if isinstance(part, bytes):
                         small.append(part)
-                        continue
-                    self._socket.sendall(b"".join(small))
-                    small.clear()
-                    self._socket.sendall(part)
+                    else:
+                        pieces += (b"".join(small), memoryview(part))
+                        small.clear()
                 small.append(b"\r\n")
-        self._socket.sendall(b"".join(small))
+        pieces.append(b"".join(small))
+        if isinstance(self._socket, ssl.SSLSocket):
+            for piece in pieces:
+                self._socket.sendall(piece)
+        else:
+            self._send(pieces)
+
+    def _send(self, pieces: list[bytes | memoryview]) -> None:
+        at = 0  # of the pieces; what is left of that one is in its place
+        while at < len(pieces):
+            sent = self._socket.sendmsg(pieces[at : at + IOVECS])
+            while at < len(pieces) and sent >= len(pieces[at]):
+                sent -= len(pieces[at])
+                at += 1
+            if sent:
+                pieces[at] = memoryview(pieces[at])[sent:]
 
     # -- receiving ---------------------------------------------------------------------------
 

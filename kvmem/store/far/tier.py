@@ -23,12 +23,12 @@ from kvmem import events
 from kvmem._core import SlotShares
 from kvmem.store.arena import Arena
 from kvmem.store.far.base import Bytes, FarStore, Unsupported
-from kvmem.store.far.value import Head, head_bytes, name_of, read_head
+from kvmem.store.far.value import Head, head_bytes, name_of, prefix_of, read_head
 from kvmem.types import Move, Moved, Probed
 
 __all__ = ["Far"]
 
-THREADS = 2
+THREADS = 3
 RETRY_S = 5.0
 RETRY_MOST_S = 300.0
 # Writes that wait hold the host's slots: at most a quarter of them, where there are many.
@@ -383,15 +383,16 @@ class Far:
         store = self._connected()
         version = self._version
         mark, forgets = self._look_at_mark(store)
+        prefix = prefix_of(self._namespace, mark)
         if isinstance(job, _Probe):
-            names = [name_of(self._namespace, mark, job.group, key) for key in job.keys]
+            names = [b"%b%d:%b" % (prefix, job.group, key.hex().encode()) for key in job.keys]
             begun = time.monotonic()
             found = store.exists(names)
             self._rtt_s = _newer(self._rtt_s, time.monotonic() - begun)
             return [Probed(job.ticket, tuple(found), version)]
         if forgets != job.forgets:  # blocks from before must not be stored under the new mark
             return [Moved(move.ticket, GONE) for move in job.moves]
-        names = [name_of(self._namespace, mark, move.group, move.key) for move in job.moves]
+        names = [b"%b%d:%b" % (prefix, one.group, one.key.hex().encode()) for one in job.moves]
         if job.down:
             return self._store_all(store, job.moves, names)
         return self._fetch_all(store, job.moves, names)
@@ -444,11 +445,12 @@ class Far:
         with self._lock:
             forced = {move.key for move in moves} & self._forced
             self._forced -= forced
-        there = store.exists(names)
+        asked = [name for move, name in zip(moves, names, strict=True) if move.key not in forced]
+        there = dict(zip(asked, store.exists(asked) if asked else (), strict=True))
         over: dict[int, Moved] = {}
         chosen: list[tuple[Move, bytes, list[Bytes | bytes]]] = []
-        for move, name, is_there in zip(moves, names, there, strict=True):
-            if is_there and move.key not in forced:
+        for move, name in zip(moves, names, strict=True):
+            if there.get(name):
                 over[move.ticket] = Moved(move.ticket, "")
                 continue
             fault, value = self._look(move)

@@ -15,7 +15,7 @@ import xxhash
 
 from kvmem.types import Move
 
-__all__ = ["Head", "head_bytes", "name_of", "read_head"]
+__all__ = ["Head", "head_bytes", "name_of", "prefix_of", "read_head"]
 
 MAGIC = b"KVMEMFAR"
 VERSION = 1
@@ -54,12 +54,12 @@ def head_bytes(ranks: int) -> int:
 
 def name_of(namespace: bytes, mark: bytes, group: int, key: bytes) -> bytes:
     """Under which name a block is found; `mark` changes when all of a namespace is forgotten."""
-    return b"kvmem:1:%b:%b:%d:%b" % (
-        namespace.hex().encode(),
-        mark.hex().encode(),
-        group,
-        key.hex().encode(),
-    )
+    return b"%b%d:%b" % (prefix_of(namespace, mark), group, key.hex().encode())
+
+
+def prefix_of(namespace: bytes, mark: bytes) -> bytes:
+    """What the names of all of them begin with."""
+    return b"kvmem:1:%b:%b:" % (namespace.hex().encode(), mark.hex().encode())
 
 
 def read_head(
