@@ -53,6 +53,7 @@ def until_on(engine: Engine) -> None:
     if far._trial is not None:
         far._trial.result(30)
     assert far.on
+    engine.half.cache._far._clock = lambda: 0.0  # a request waits as long as the store takes
 
 
 def at_rest(engine: Engine) -> None:
@@ -115,7 +116,6 @@ def test_all_groups_come(start: Callable[..., Any], groups: str) -> None:
 
 def test_others_run_while_a_request_waits(engine: Engine, store: MemoryStore) -> None:
     only_far(engine)
-    engine.half.cache._far._clock = lambda: 0.0  # it waits as long as the store takes
     store.gate.clear()
     waits = engine.add(PROMPT, 4)
     one = engine.add(other(BLOCK - 1), 10)  # no whole block to ask for
@@ -131,7 +131,6 @@ def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(
     engine: Engine, store: MemoryStore
 ) -> None:
     only_far(engine)
-    engine.half.cache._far._clock = lambda: 0.0
     store.gate.clear()
     one = engine.add(PROMPT, 4)
     for _ in range(3):
