@@ -34,6 +34,9 @@ class MemoryStore:
         if self.error is not None:
             raise self.error
 
+    def sized(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+
     def exists(self, names: Sequence[bytes]) -> list[bool]:
         self._call("exists", len(names))
         return [name in self.values for name in names]

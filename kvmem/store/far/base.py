@@ -24,6 +24,9 @@ class FarStore(Protocol):
     asked again. A value is opaque: who wrote it, and whether it is whole, the caller finds out.
     """
 
+    def sized(self, most_bytes: int) -> None:
+        """Told once, before anything is asked: no value is longer."""
+
     def exists(self, names: Sequence[bytes]) -> list[bool]:
         """Whether there is a value of each name. One that is no value of ours may count as none."""
 

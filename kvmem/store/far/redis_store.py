@@ -61,6 +61,9 @@ class RedisStore:
         self._wires: dict[Any, list[tuple[Any, Wire]]] = {}  # idle ones by node; guarded by _lock
         self._closed = False
 
+    def sized(self, most_bytes: int) -> None:
+        """A server takes values of any size."""
+
     def exists(self, names: Sequence[bytes]) -> list[bool]:
         """Which names hold bytes. One that holds something else counts as none; one that is found
         stays for another `ttl_s`."""

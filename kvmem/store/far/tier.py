@@ -307,6 +307,7 @@ class Far:
     def _connected(self) -> FarStore:
         if self._store is None:
             made = self._make_store()
+            made.sized(self._most)
             with self._lock:
                 self._store = made
         return self._store
