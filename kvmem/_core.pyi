@@ -489,7 +489,7 @@ class DiskStore:
 
 class SlotShares:
     """
-    Copies whole blocks, all ranks' shares side by side, out of an arena's slots and into them.
+    Whole blocks in an arena's slots, all ranks' shares: what they are, and how they get in.
     Any thread.
 
     Statuses: 0 ok, 1 the slot holds another block, 2 it has moved on, 3 the bytes are not the
@@ -504,9 +504,10 @@ class SlotShares:
             ValueError: it is no arena.
         """
 
-    def take(self, slot: int, generation: int, group: int, key: bytes, out: numpy.typing.NDArray[numpy.uint8]) -> tuple[int, int, numpy.typing.NDArray[numpy.uint64]]:
+    def look(self, slot: int, generation: int, group: int, key: bytes) -> tuple[int, int, numpy.typing.NDArray[numpy.uint64]]:
         """
-        A block to `out`: status, bytes of a share, XXH3-64 of each share [ranks].
+        What a slot says of a block: status, bytes of a share, XXH3-64 of each share [ranks].
+        Who reads the bytes asks again after it.
         """
 
     def put(self, slot: int, generation: int, group: int, key: bytes, shares: numpy.typing.NDArray[numpy.uint8], sums: numpy.typing.NDArray[numpy.uint64]) -> int:
