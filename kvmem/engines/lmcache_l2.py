@@ -229,7 +229,7 @@ class KvmemL2Adapter(L2AdapterInterface):
             self._cache.settle(SETTLE_S)
         else:
             return False
-        sums = np.array([xxh3_64(data)], np.uint64)
+        sums = np.array([xxh3_64(data.data)], np.uint64)
         status = self._shares.put(int(room.slots[0]), int(room.generations[0]), 0, key, data, sums)
         if status:
             self._cache.abandon(room.slots, room.generations)
@@ -261,7 +261,7 @@ class KvmemL2Adapter(L2AdapterInterface):
                 return False
             at = self._arena.data_of(slot)
             out[:] = self._data[at : at + size]
-            if xxh3_64(out) != int(sums[0]):
+            if xxh3_64(out.data) != int(sums[0]):
                 self._cache.quarantine(slot, generation, key=key, reason="checksum")
                 return False
             return True

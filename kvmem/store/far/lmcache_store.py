@@ -89,7 +89,7 @@ class LMCacheStore:
             if value is None:
                 sizes.append(-1)
                 continue
-            (size,) = _SIZE.unpack_from(value)
+            (size,) = _SIZE.unpack_from(value.data)
             if size <= min(len(room), len(value) - _SIZE.size):
                 room[:size] = value[_SIZE.size :][:size]
             else:
@@ -126,7 +126,7 @@ class LMCacheStore:
             (value,) = self._load([key], MARK_BYTES)
         if value is None:
             raise OSError("the store keeps no mark")
-        (size,) = _SIZE.unpack_from(value)
+        (size,) = _SIZE.unpack_from(value.data)
         return value[_SIZE.size :][: min(size, 64)].tobytes()
 
     def drop(self, names: Sequence[bytes]) -> None:

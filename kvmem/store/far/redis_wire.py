@@ -49,7 +49,7 @@ class Wire:
                     if isinstance(part, bytes):
                         small.append(part)
                     else:
-                        pieces += (b"".join(small), memoryview(part))
+                        pieces += (b"".join(small), part.data)
                         small.clear()
                 small.append(b"\r\n")
         pieces.append(b"".join(small))
@@ -100,7 +100,7 @@ class Wire:
         size = int(text)
         if size >= 0:
             kept = min(size, len(room))
-            self._read(memoryview(room)[:kept])
+            self._read(room.data[:kept])
             left = size - kept + 2
             while left:  # what is too long, and the line's end
                 n = min(left, BUFFER_BYTES)
