@@ -137,6 +137,9 @@ $(LMCACHE)/.installed: requirements/lmcache.lock $(STAMPS)/uv-$(UV_VERSION)
 	$(call say,LMCache with the same vLLM: $$(grep -c == $<) packages in $(LMCACHE))
 	@$(VENV)/bin/python -m venv --clear --without-pip $(LMCACHE)
 	@$(UV) install --python $(LMCACHE)/bin/python --no-deps $(QUIET) -r $<
+	@$(UV) install --python $(LMCACHE)/bin/python --no-deps $(QUIET) --no-build-isolation \
+	  --config-settings wheel.cmake=false --config-settings wheel.py-api=py3 --editable .
+	@$(LMCACHE)/bin/python -c "$$PLAIN_PATH" "$(CURDIR)"
 	@touch $@
 
 # An environment for each older release of the engine, with a lock of its own.
@@ -154,6 +157,10 @@ $(LMCACHE)/.installed: requirements/lmcache.lock $(STAMPS)/uv-$(UV_VERSION)
 .PHONY: test
 test: setup test-native  ## all tests: the native core, then Python with the real engine
 	KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+
+.PHONY: test-lmcache
+test-lmcache: setup lmcache  ## LMCache's adapters below kvmem, and kvmem's disk below LMCache
+	$(LMCACHE)/bin/python -m pytest $(TEST_ARGS) tests/lmcache
 
 .PHONY: soak
 soak: setup  ## five minutes of mixed traffic, held against an engine without kvmem: nine in all

@@ -1,10 +1,12 @@
-"""Chains of blocks that anybody can make again, and a cache over a disk that holds them."""
+"""Chains of blocks that anybody can make again, and a cache over a disk or a far store that holds
+them."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from kvmem._core import SlotCopier
 from kvmem.cache import Cache
 from kvmem.store.arena import Arena
 from kvmem.store.disk import Disk
+from kvmem.store.far import Far, FarStore
 from kvmem.types import GroupShape
 
 __all__ = ["CHAIN", "DISK_BYTES", "SHARE_BYTES", "Host", "block_of", "chain_of"]
@@ -45,15 +48,25 @@ def block_of(key: bytes) -> npt.NDArray[np.uint8]:
 
 
 class Host:
-    """An arena and a cache over the disk in `root`; `close` ends it."""
+    """An arena and a cache over the disk in `root`, or over a far store where `far` makes one;
+    `close` ends it."""
 
-    def __init__(self, root: Path, *, faults: str = "") -> None:
+    def __init__(
+        self, root: Path, *, faults: str = "", far: Callable[[], FarStore] | None = None
+    ) -> None:
         name = f"faults-{os.getpid()}-{next(_names)}"
         self.arena = Arena.create(
             name, n_slots=N_SLOTS, slot_bytes=SHARE_BYTES, namespace=NAMESPACE, label="faults"
         )
-        self.disk = Disk(root, DISK_BYTES, self.arena, NAMESPACE, events.Bus(), faults=faults)
-        self.cache = Cache(N_SLOTS, (GroupShape(BLOCK_TOKENS),), mover=self.disk)
+        self.disk = self.far = None
+        self.bus = events.Bus(keep=1 << 14)
+        if far is None:
+            self.disk = Disk(root, DISK_BYTES, self.arena, NAMESPACE, self.bus, faults=faults)
+        else:
+            self.far = Far(far, self.arena, NAMESPACE, self.bus)
+        self.cache = Cache(
+            N_SLOTS, (GroupShape(BLOCK_TOKENS),), mover=self.disk, carrier=self.far, bus=self.bus
+        )
         self._device = np.zeros((CHAIN, SHARE_BYTES), np.uint8)
         self._copier = SlotCopier(np.frombuffer(self.arena.buffer, np.uint8), 1)
         width = np.array([SHARE_BYTES], np.uint64)
@@ -80,8 +93,8 @@ class Host:
             self.cache.settle(SETTLE_S)
 
     def stats(self) -> dict[str, Any]:
-        """Of the disk."""
-        return dict(self.cache.stats()["disk"])
+        """Of the disk, or of the far store."""
+        return dict(self.cache.stats()["disk" if self.far is None else "far"])
 
     def forget_host(self) -> None:
         """Only the disk has anything."""
@@ -109,6 +122,8 @@ class Host:
         return n, wrong
 
     def close(self) -> None:
-        self.disk.close()
+        for tier in (self.disk, self.far):
+            if tier is not None:
+                tier.close()
         del self._copier
         self.arena.close(unlink=True)

@@ -486,3 +486,32 @@ class DiskStore:
     @property
     def direct(self) -> bool:
         """Whether the page cache is passed by."""
+
+class SlotShares:
+    """
+    Whole blocks in an arena's slots, all ranks' shares: what they are, and how they get in.
+    Any thread.
+
+    Statuses: 0 ok, 1 the slot holds another block, 2 it has moved on, 3 the bytes are not the
+    ones that the checksums were taken of, 4 too long.
+    """
+
+    def __init__(self, arena: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """
+        Keeps the buffer alive.
+
+        Raises:
+            ValueError: it is no arena.
+        """
+
+    def look(self, slot: int, generation: int, group: int, key: bytes) -> tuple[int, int, numpy.typing.NDArray[numpy.uint64]]:
+        """
+        What a slot says of a block: status, bytes of a share, XXH3-64 of each share [ranks].
+        Who reads the bytes asks again after it.
+        """
+
+    def put(self, slot: int, generation: int, group: int, key: bytes, shares: numpy.typing.NDArray[numpy.uint8], sums: numpy.typing.NDArray[numpy.uint64]) -> int:
+        """
+        A block into a slot that `reserve` gave; its status. It is complete there, each share
+        with its sum, or it is not there.
+        """

@@ -28,6 +28,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk_path: Annotated[str, Meta(min_length=1)] = "~/.cache/kvmem/blocks"
     disk_codec: Literal["auto", "none"] = "auto"
     approximate_salt: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    far: Annotated[str, Meta(min_length=1, max_length=4000)] | None = None
     arena: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] | None = None
     eviction: Literal["s3fifo", "lru"] = "s3fifo"
     load: bool = True
@@ -130,6 +131,12 @@ _document(
     "prefix of cache_salt, or unset for none",
     "Requests whose cache_salt begins so may be answered from int8: half the disk, approximately.",
     "They share no block with requests of other salts; bench_codec has how near they are.",
+)
+_document(
+    "far",
+    "URL such as redis://host:6379, or unset for none",
+    "A store that hosts share: what one of them has computed the others find (docs/far.md).",
+    "Blocks are copied there when they are stored; a prompt that is new waits for one round trip.",
 )
 _document(
     "arena",

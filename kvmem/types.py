@@ -96,7 +96,8 @@ class Moved(msgspec.Struct, frozen=True):
 
     `checksum` is what the receiving tier publishes the block with. `fault` is empty where all went
     well; "record" where the disk's block is not what it should be, "source" where the host's slot
-    was not, "io" where the disk failed, "room" where it had none in one piece.
+    was not, "io" where the disk failed, "room" where it had none in one piece, "gone" where a far
+    store has it no more.
     """
 
     ticket: int
@@ -106,6 +107,15 @@ class Moved(msgspec.Struct, frozen=True):
     queued_s: float = 0.0
     io_s: float = 0.0
     check_s: float = 0.0
+
+
+class Probed(msgspec.Struct, frozen=True):
+    """Which of the blocks that a far store was asked for it has; `version` says of which of its
+    states (`Carrier.version`)."""
+
+    ticket: int
+    found: tuple[bool, ...]
+    version: int
 
 
 class Quarantine(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,5 +11,6 @@ void RegisterCursor(nanobind::module_& m);
 void RegisterIndex(nanobind::module_& m);
 void RegisterCopy(nanobind::module_& m);
 void RegisterDisk(nanobind::module_& m);
+void RegisterShares(nanobind::module_& m);
 
 }  // namespace kvmem::bind

@@ -7,4 +7,5 @@ NB_MODULE(_core, m) {
   kvmem::bind::RegisterIndex(m);
   kvmem::bind::RegisterCopy(m);
   kvmem::bind::RegisterDisk(m);
+  kvmem::bind::RegisterShares(m);
 }

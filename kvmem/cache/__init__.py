@@ -1,6 +1,7 @@
 """One cache: the verbs that join the index, the store and the policy; see `kvmem.cache.cache`."""
 
 from kvmem.cache.cache import Cache, Grant, Part, Reservation
+from kvmem.cache.far import Carrier
 from kvmem.cache.moves import Mover
 
-__all__ = ["Cache", "Grant", "Mover", "Part", "Reservation"]
+__all__ = ["Cache", "Carrier", "Grant", "Mover", "Part", "Reservation"]

@@ -4,16 +4,16 @@
     reserve   room for blocks that are about to be computed
     publish   what was written and acknowledged becomes visible (I4)
     release   a request is over
-    demote    what was published is copied to the disk, where there is one
+    demote    what was published is copied to the disk and to a far store, where there are such
     drop      everything leaves matching
 
 A `Cache` serves one namespace. A prompt comes as one list of keys for each KV-cache group of the
 model. Full-attention groups are chains, each block below its parent (I2); the blocks of windows
 and states are each by themselves, and a prompt can be resumed only where all that its groups read
-there is here. What only the disk has is promised to nobody: `acquire` begins to bring it up and
-answers "not yet" until the host has it, checked. A `Cache` never touches KV bytes: it hands out
-slots, and who copies reads each slot's identity back (I1). Calls come from one thread, the
-engine's scheduler; `stats()` may be called from any.
+there is here. What only the disk or a far store has is promised to nobody: `acquire` begins to
+bring it up and answers "not yet" until the host has it, checked. A `Cache` never touches KV bytes:
+it hands out slots, and who copies reads each slot's identity back (I1). Calls come from one thread,
+the engine's scheduler; `stats()` may be called from any.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from kvmem import events
 from kvmem._core import HostTier
+from kvmem.cache.far import Carrier, FarMoves
 from kvmem.cache.moves import PATIENCE_S, Mover, Moves, Promotion
 from kvmem.types import GroupShape, Quarantine
 
@@ -62,8 +63,9 @@ class Grant(msgspec.Struct, frozen=True):
     the request's `release`. `missing` says why the prompt can't be resumed further on ("none"
     where there is nothing further).
 
-    `coming`: more of it is on its way up from the disk; ask again. `from_disk` are tokens that came
-    up for this request, in `disk_s` seconds.
+    `coming`: more of it is on its way up from the disk or a far store; ask again. `from_disk` are
+    tokens that came up for this request, in `disk_s` seconds; `from_far` and `far_s` are a far
+    store's.
     """
 
     start: int
@@ -73,11 +75,23 @@ class Grant(msgspec.Struct, frozen=True):
     coming: bool = False
     from_disk: int = 0
     disk_s: float = 0.0
+    from_far: int = 0
+    far_s: float = 0.0
 
     @property
     def n_blocks(self) -> int:
         """Blocks of all groups together."""
         return sum(len(part.slots) for part in self.parts)
+
+
+class Below(Protocol):
+    """What tiers below the host have, as far as the host's own blocks and theirs go together."""
+
+    def match(self, keys: Keys, start: int) -> int:
+        """Blocks of the longest prefix."""
+
+    def has(self, key: bytes) -> bool:
+        """Whether there is a block that stands by itself."""
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -115,7 +129,8 @@ class Cache:
         eviction: "s3fifo" or "lru".
         bus: where events go.
         mover: the disk below, if there is one.
-        clock: seconds, for how long a request waits for the disk.
+        carrier: the far store, if there is one.
+        clock: seconds, for how long a request waits for them.
     """
 
     def __init__(
@@ -126,6 +141,7 @@ class Cache:
         eviction: str = "s3fifo",
         bus: events.Bus | None = None,
         mover: Mover | None = None,
+        carrier: Carrier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bus = bus if bus is not None else events.Bus()
@@ -145,6 +161,9 @@ class Cache:
             self._moves = Moves(
                 self._tier, mover, self.groups, self.bus, order=eviction, on_evicted=self._evicted
             )
+        self._far: FarMoves | None = None
+        if carrier is not None:
+            self._far = FarMoves(self._tier, carrier, self.groups, self.bus, clock)
         # Requests that wait for the disk.
         self._promotions: dict[str, Promotion] = {}
 
@@ -167,14 +186,22 @@ class Cache:
         coming = self._bring_up(request_id, chains, start, limit)
         if coming is not None:
             return coming
+        far = self._far
+        if far is not None and far.coming(request_id, chains, start, limit, self.match):
+            return Grant(start, start, (), "coming", coming=True)
         promotion = self._promotions.get(request_id)
         grant = self._grant(request_id, chains, start, limit)
+        near = grant.stop
+        if far is not None:
+            from_far, far_s, reach = far.told(request_id, start, grant.stop)
+            near = grant.stop if reach is None else min(grant.stop, reach)
+            grant = msgspec.structs.replace(grant, from_far=from_far, far_s=far_s)
         if promotion is None or self._moves is None:
             return grant
         if promotion.took_s is None:
             promotion.took_s = self._clock() - promotion.begun_s
             self._moves.give_up(promotion)  # its leases held what came up until now
-        from_disk = max(0, grant.stop - max(start, promotion.host_stop))
+        from_disk = max(0, near - max(start, promotion.host_stop))
         return msgspec.structs.replace(grant, from_disk=from_disk, disk_s=promotion.took_s)
 
     def _bring_up(
@@ -221,7 +248,7 @@ class Cache:
         return Grant(start, stop, parts, missing)
 
     def match(
-        self, chains: Sequence[Keys], start: int, limit: int, below: Moves | None = None
+        self, chains: Sequence[Keys], start: int, limit: int, below: Below | None = None
     ) -> int:
         """The last point up to `limit` after which every group has all it reads; else `start`.
 
@@ -257,7 +284,7 @@ class Cache:
         return host, stop, "none" if stop >= limit else self._why_not(chains, stop)
 
     def _single_resume_point(
-        self, shape: GroupShape, keys: Keys, start: int, stop: int, below: Moves | None
+        self, shape: GroupShape, keys: Keys, start: int, stop: int, below: Below | None
     ) -> int:
         low, end = start // shape.block_tokens, stop // shape.block_tokens
         while end > low:
@@ -270,7 +297,7 @@ class Cache:
             end = gap
         return start
 
-    def _has(self, key: bytes, below: Moves | None) -> bool:
+    def _has(self, key: bytes, below: Below | None) -> bool:
         return self._tier.match([key]) == 1 or (below is not None and below.has(key))
 
     def _lease(
@@ -411,12 +438,16 @@ class Cache:
         return self._tier.publish(slots, generations, checksums)
 
     def demote(self, group: int, keys: Keys, blocks: Sequence[int], *, codec: int = 0) -> None:
-        """Begins to copy published blocks to the disk; nothing where there is none.
+        """Begins to copy published blocks to the disk and the far store; nothing where there are
+        none.
 
-        `codec`: one of `kvmem.types.INT8_CODECS` where these keys may answer approximately (I10).
+        `codec`: one of `kvmem.types.INT8_CODECS` where these keys may answer approximately (I10);
+        such go to no far store.
         """
         if self._moves is not None:
             self._moves.demote(group, keys, blocks, codec)
+        if self._far is not None and not codec:
+            self._far.demote(group, keys, blocks)
 
     def abandon(self, slots: Slots, generations: Words) -> int:
         """Gives reserved slots back unwritten, with what was reserved on top of them."""
@@ -456,6 +487,8 @@ class Cache:
         blocks = self.quarantine(slot, generation, key=key, reason=reason)
         if not all(shape.closed for shape in self.groups):
             return blocks + self.drop(reason)
+        if self._far is not None:
+            self._far.forget()  # what hangs below a block there nobody can tell
         if self._moves is not None:
             below = self._moves.distrust(key)
             if below:
@@ -482,6 +515,8 @@ class Cache:
         promotion = self._promotions.pop(request_id, None)
         if promotion is not None and self._moves is not None:
             self._moves.give_up(promotion)
+        if self._far is not None:
+            self._far.release(request_id)
         held = self._held.pop(request_id, None)
         if held is not None:
             self._let_go(held)
@@ -495,24 +530,38 @@ class Cache:
         blocks = self._tier.clear()
         if self._moves is not None:
             self._moves.drop()
+        if self._far is not None:
+            self._far.forget()
         self.bus.emit(events.Cleared(blocks=blocks, reason=reason))
         return blocks
 
-    # -- the disk ----------------------------------------------------------------------------
+    # -- the tiers below ---------------------------------------------------------------------
 
     @property
     def has_disk(self) -> bool:
-        """Whether there is one below, working or not."""
-        return self._moves is not None
+        """Whether there is a disk or a far store below, working or not."""
+        return self._moves is not None or self._far is not None
 
     @property
     def waits_for_disk(self) -> bool:
-        """Whether a request does."""
-        return any(promotion.reads for promotion in self._promotions.values())
+        """Whether a request does, for the disk or the far store."""
+        far = self._far is not None and self._far.waits
+        return far or any(promotion.reads for promotion in self._promotions.values())
+
+    def computes(self, s_per_token: float) -> None:
+        """Tells how long the engine takes to compute a token, 0 where that is not known: a far
+        store is waited for only where it is quicker."""
+        if self._far is not None:
+            self._far.s_per_token = s_per_token
 
     def settle(self, seconds: float = 0.0) -> None:
-        """Takes in moves between host and disk that are over; waits so long at most for those that
+        """Takes in moves between the tiers that are over; waits so long at most for those that
         requests wait for."""
+        if self._far is not None:
+            if seconds and (self._far.waits or (self._moves is None and self._far.n_under_way)):
+                self._far.wait(seconds)
+                seconds = 0.0
+            self._far.poll()
         if self._moves is not None:
             if seconds:
                 self._moves.wait(seconds)
@@ -521,8 +570,11 @@ class Cache:
     # -- the whole ---------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Counts of slots, blocks, leases and evictions; under "disk" those of the disk."""
+        """Counts of slots, blocks, leases and evictions; under "disk" and "far" those of the tiers
+        below."""
         below = {"disk": self._moves.stats()} if self._moves is not None else {}
+        if self._far is not None:
+            below["far"] = self._far.stats()
         return {**self._tier.stats(), **below}
 
     def check_integrity(self) -> list[str]:

@@ -54,6 +54,28 @@ class Disk(msgspec.Struct, frozen=True):
     under_way: int = 0
 
 
+class Far(msgspec.Struct, frozen=True):
+    """The far store, as this engine uses it; `on` is False while it fails.
+
+    `gone` blocks were not there any more, `slower` prompts were quicker to compute, `late` ones
+    waited as long as computing them takes.
+    """
+
+    on: bool
+    label: str = ""
+    written: int = 0
+    read: int = 0
+    bytes_written: int = 0
+    bytes_read: int = 0
+    io_s: float = 0.0
+    faults: int = 0
+    gone: int = 0
+    refused: int = 0
+    slower: int = 0
+    late: int = 0
+    under_way: int = 0
+
+
 class Scrub(msgspec.Struct, frozen=True):
     """What was looked at without being asked for, since the engine started."""
 
@@ -72,6 +94,7 @@ class Counters(msgspec.Struct, frozen=True):
     tokens_hit_device: int = 0
     tokens_hit_host: int = 0
     tokens_hit_disk: int = 0
+    tokens_hit_far: int = 0
     tokens_computed: int = 0
     blocks_stored: int = 0
     blocks_loaded: int = 0
@@ -98,6 +121,7 @@ class Page(msgspec.Struct, frozen=True):
     host: Host
     counters: Counters
     disk: Disk | None = None
+    far: Far | None = None
     scrub: Scrub | None = None
     quarantine: tuple[Quarantine, ...] = ()
     explained: tuple[Explained, ...] = ()
@@ -201,6 +225,7 @@ def _table(page: Page, now_s: float) -> Table:
         ("  reused from the device", counters.tokens_hit_device),
         ("  reused from the host", counters.tokens_hit_host),
         ("  reused from the disk", counters.tokens_hit_disk),
+        ("  reused from far", counters.tokens_hit_far),
     ):
         drawn.add_row(label, f"{tokens:,}", _share(tokens, prompt))
     drawn.add_section()
@@ -217,6 +242,14 @@ def _table(page: Page, now_s: float) -> Table:
             f"{size(disk.bytes)}",
             f"{disk.used:,} blocks, {_share(disk.bytes, disk.budget)} of {size(disk.budget)}, "
             f"{disk.written:,} written, {disk.read:,} read, {disk.faults:,} faults",
+        )
+    far = page.far
+    if far is not None:
+        drawn.add_row(
+            f"far store {far.label}" if far.on else f"far store {far.label}, OFF: it failed",
+            f"{_size(far.bytes_read)} read",
+            f"{far.written:,} blocks written, {far.read:,} read, {far.faults:,} faults, "
+            f"{far.slower + far.late:,} times slower than computing",
         )
     drawn.add_row(
         "stored",

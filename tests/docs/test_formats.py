@@ -13,8 +13,10 @@ import xxhash
 from kvmem._core import DiskCodec, DiskStore, SlotCopier
 from kvmem.errors import ArenaError
 from kvmem.store.arena import Arena
+from kvmem.store.far.value import Head, name_of, read_head
 from kvmem.store.layout import Header, Stats
 from kvmem.store.switch import set_switch
+from kvmem.types import Move
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 SPACE = bytes(range(32))
@@ -82,6 +84,7 @@ def stored(arena: Arena) -> tuple[Arena, bytes]:
         ("diskheader", 4096),
         ("record", 128),
         ("slotheader", 128),
+        ("farheader", 128),
     ],
 )
 def test_the_fields_follow_each_other_without_gaps(title: str, size: int) -> None:
@@ -273,3 +276,24 @@ def test_int8_blocks_are_as_the_page_says() -> None:
     back = np.empty(150, np.float32)
     assert DiskCodec().decode(10, stored, back.view(np.uint8))
     assert (back == numbers * np.repeat(scales, 64)[:150]).all()
+
+
+def test_the_example_of_a_far_value_is_one() -> None:
+    shares = [b"kvme", b"mfar"]
+    move = Move(0, 1, b"a" * 32, 0, 0, 0, 0, parent=b"b" * 32)
+    head = Head(
+        namespace=SPACE, key=move.key, parent=move.parent, group=1, share_bytes=4,
+        sums=tuple(xxhash.xxh3_64_intdigest(share) for share in shares),
+    )  # fmt: skip
+    value = head.encode() + b"".join(shares)
+    lines = re.findall(r"^[0-9a-f]{6}  ((?:[0-9a-f]{2} ?)+)$", section("farheader"), re.MULTILINE)
+    assert bytes.fromhex("".join(lines)) == value
+    fields = parse("farheader", value)
+    assert (fields["magic"], fields["version"], fields["flags"]) == (b"KVMEMFAR", 1, 0)
+    assert (fields["namespace"], fields["key"], fields["parent"]) == (SPACE, b"a" * 32, b"b" * 32)
+    assert (fields["group"], fields["ranks"], fields["share_length"]) == (1, 2, 4)
+    data = np.frombuffer(value, np.uint8)
+    assert read_head(data, move, namespace=SPACE, ranks=2, most=4) == head
+    assert name_of(SPACE, b"\1\2", 1, move.key) == b"kvmem:1:%b:0102:1:%b" % (
+        SPACE.hex().encode(), b"61" * 32,
+    )  # fmt: skip

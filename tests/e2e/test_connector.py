@@ -56,11 +56,12 @@ def test_host_hit_equals_the_native_hit_and_the_cold_prefill(host: EngineHost) -
         "device": 0,
         "host": 0,
         "disk": 0,
+        "far": 0,
         "computed": 700,
     }
     assert native.receipt["tokens"]["device"] == whole
     assert restored.receipt["tokens"] == {
-        "prompt": 700, "device": 0, "host": whole, "disk": 0, "computed": 700 - whole,
+        "prompt": 700, "device": 0, "host": whole, "disk": 0, "far": 0, "computed": 700 - whole,
     }  # fmt: skip
     assert restored.cached == whole
     assert_same(restored, native)

@@ -280,7 +280,14 @@ def test_loads_switched_off_are_off_at_the_next_request_and_on_again_without_a_r
     assert stats(arena)["switch"] == {"loads": False, "stores": True}
     off = complete(server, prompt(1000, 21))
     told = off.kv_transfer_params["kvmem"]
-    assert told["tokens"] == {"prompt": 1000, "device": 0, "host": 0, "disk": 0, "computed": 1000}
+    assert told["tokens"] == {
+        "prompt": 1000,
+        "device": 0,
+        "host": 0,
+        "disk": 0,
+        "far": 0,
+        "computed": 1000,
+    }
     assert (told["miss"], told["off"]) == ("load_off", {"load": "switch"})
     assert off.choices[0].text == first.choices[0].text
 

@@ -485,7 +485,7 @@ class Engine:
             return
         told = turn.receipt["tokens"]
         assert told["prompt"] == len(turn.prompt)
-        here = told["device"] + told["host"] + told["disk"]
+        here = told["device"] + told["host"] + told["disk"] + told["far"]
         assert told["prompt"] == here + told["computed"], told
         start = self.forward.first_start[request_id]
         assert here == start, (told, start)
@@ -550,9 +550,10 @@ class Engine:
         assert self.half.cache.check_integrity() == []
 
     def rest_disk(self) -> None:
-        """Until nothing is on its way between host and disk."""
+        """Until nothing is on its way between host, disk and far store."""
         for _ in range(1000):
-            if not self.half.cache.stats().get("disk", {}).get("under_way"):
+            stats = self.half.cache.stats()
+            if not any(stats.get(tier, {}).get("under_way") for tier in ("disk", "far")):
                 return
             self.half.cache.settle(0.1)
         raise AssertionError("moves do not end")
@@ -570,7 +571,7 @@ class Engine:
         assert not self.scheduler.requests
         assert self.pool.get_num_free_blocks() == self.n_device - 1
         t = self.half.totals
-        here = t.tokens_hit_device + t.tokens_hit_host + t.tokens_hit_disk
+        here = t.tokens_hit_device + t.tokens_hit_host + t.tokens_hit_disk + t.tokens_hit_far
         assert t.prompt_tokens == here + t.tokens_computed
         if not self.faulted:
             assert t.requests == len(self.turns)

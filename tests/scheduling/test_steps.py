@@ -106,7 +106,7 @@ def test_a_preempted_request_goes_on_from_the_host_tier(engine: Engine) -> None:
     assert engine.half.totals.blocks_loaded > 0
     for i in ids:  # so what was loaded was loaded by requests that were preempted
         assert engine.turns[i].receipt["tokens"] == {
-            "prompt": 66, "device": 0, "host": 0, "disk": 0, "computed": 66,
+            "prompt": 66, "device": 0, "host": 0, "disk": 0, "far": 0, "computed": 66,
         }  # fmt: skip
     engine.assert_settled()
 
@@ -302,7 +302,14 @@ def test_a_load_that_fails_after_a_preemption_changes_no_receipt(engine: Engine)
     engine.drain()
     assert engine.half.totals.quarantined > 0
     told = engine.turns[one].receipt
-    assert told["tokens"] == {"prompt": 69, "device": 0, "host": 0, "disk": 0, "computed": 69}
+    assert told["tokens"] == {
+        "prompt": 69,
+        "device": 0,
+        "host": 0,
+        "disk": 0,
+        "far": 0,
+        "computed": 69,
+    }
     assert told["miss"] == "new"
     engine.assert_settled()
 

@@ -60,7 +60,7 @@ def test_room_that_no_layer_names_is_reported(copied_tree: Path) -> None:
     assert "attic" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("library", ["torch", "vllm", "transformers", "lmcache"])
+@pytest.mark.parametrize("library", ["torch", "vllm", "transformers", "lmcache", "redis"])
 def test_engine_library_outside_its_room_is_reported(copied_tree: Path, library: str) -> None:
     path = copied_tree / "kvmem" / "store" / "__init__.py"
     path.write_text(path.read_text() + f"\nimport {library}\n")

@@ -363,6 +363,7 @@ COUNTERS = {
     "tokens_hit_device": 40_000,
     "tokens_hit_host": 25_000,
     "tokens_hit_disk": 5_000,
+    "tokens_hit_far": 0,
     "tokens_computed": 10_000,
     "blocks_stored": 300,
     "blocks_loaded": 900,

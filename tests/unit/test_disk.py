@@ -25,6 +25,7 @@ from kvmem.errors import CapacityError, ConfigError
 from kvmem.store import disk as disk_module
 from kvmem.store.arena import Arena, sweep
 from kvmem.store.disk import RETRY_S, Disk
+from kvmem.store.far import Far, FarStore
 from kvmem.types import GroupShape
 
 GROUPS = (GroupShape(16),)
@@ -50,7 +51,7 @@ class Host:
     def __init__(
         self, name: str, root: Path, *, n_slots: int = 32, ranks: int = 1, disk_bytes: int = MIB,
         faults: str = "", clock: Callable[[], float] | None = None, namespace: bytes = NAMESPACE,
-        codec: bool = True,
+        codec: bool = True, far: Callable[[], FarStore] | None = None,
     ) -> None:  # fmt: skip
         self.arena = Arena.create(
             name, n_slots=n_slots, slot_bytes=SHARE, namespace=namespace, ranks=ranks, label="t"
@@ -60,7 +61,14 @@ class Host:
         self.disk = Disk(
             root, disk_bytes, self.arena, namespace, self.bus, codec=codec, faults=faults, **more
         )
-        self.cache = Cache(n_slots, GROUPS, mover=self.disk, bus=self.bus)
+        self.far = Far(far, self.arena, namespace, self.bus) if far is not None else None
+        if self.far is not None and self.far._trial is not None:
+            self.far._trial.result(30)
+        # One of the two below the host: what the far store does is not hidden by the disk.
+        mover = self.disk if far is None else None
+        # Nor is a busy machine's time: who waits for a far store waits until it answers.
+        told = {"clock": lambda: 0.0} if far is not None else {}
+        self.cache = Cache(n_slots, GROUPS, mover=mover, carrier=self.far, bus=self.bus, **told)
         self.devices = [np.zeros((64, SHARE), np.uint8) for _ in range(ranks)]
         self.copiers = []
         for rank, device in enumerate(self.devices):
@@ -87,10 +95,11 @@ class Host:
 
     def settle(self) -> None:
         for _ in range(1000):
-            if not self.cache.stats()["disk"]["under_way"]:
+            below = self.cache.stats()["disk" if self.far is None else "far"]
+            if not below["under_way"]:
                 return
             self.cache.settle(0.1)
-        raise AssertionError("the disk does not answer")
+        raise AssertionError("the tier below does not answer")
 
     def forget(self) -> None:
         """Other prompts take the host's place; their blocks never reach the disk."""
@@ -125,6 +134,8 @@ class Host:
         raise AssertionError("the request waits for ever")
 
     def close(self) -> None:
+        if self.far is not None:
+            self.far.close()
         self.disk.close()
         self.copiers.clear()
         self.arena.close(unlink=True)

@@ -62,7 +62,14 @@ def test_tokens_are_split_by_where_they_came_from() -> None:
     receipt = Receipt()
     receipt.matched(request(), 16, 64, "evicted")
     told = receipt.finish(request(), 16)
-    assert told["tokens"] == {"prompt": 100, "device": 16, "host": 48, "disk": 0, "computed": 36}
+    assert told["tokens"] == {
+        "prompt": 100,
+        "device": 16,
+        "host": 48,
+        "disk": 0,
+        "far": 0,
+        "computed": 36,
+    }
     assert (told["miss"], told["first_missing_block"]) == ("evicted", 4)
 
 

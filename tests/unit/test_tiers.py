@@ -1,16 +1,24 @@
-"""What every tier keeps: one suite, over the host's and the disk's blocks alike."""
+"""What every tier keeps: one suite, over the host's, the disk's and the far stores' blocks alike.
+
+A far store has no index of its own and no eviction that kvmem decides on; the rest is the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks._redis import RedisServer, binary
 from kvmem import events
-from tests.unit.test_disk import Host, files, keys, place, start
+from kvmem.store.far import FarStore, check_url
+from kvmem.store.far.value import name_of
+from tests.far_stores import MemoryStore
+from tests.unit.test_disk import SHARE, Host, files, keys, place, start
 
 __all__ = ["start"]  # the fixture
 MIB = 1 << 20
@@ -19,21 +27,35 @@ MIB = 1 << 20
 class Tier:
     """A cache in which only one tier has what was put."""
 
-    def __init__(self, name: str, host: Host) -> None:
+    def __init__(self, name: str, host: Host, store: FarStore | None = None) -> None:
         self.name = name
         self.host = host
+        self.store = store
 
     def put(self, chain: list[bytes]) -> None:
-        self.host.put(chain, demote=self.name == "disk")
-        if self.name == "disk":
+        self.host.put(chain, demote=self.name != "host")
+        if self.name != "host":
             self.host.forget()
 
     def index(self) -> Any:
         cache = self.host.cache
         return cache._tier if self.name == "host" else cache._moves.disk  # type: ignore[union-attr]
 
+    def n_stored(self) -> int:
+        """Blocks that it has."""
+        if self.store is not None:
+            return int(self.host.cache.stats()["far"]["written"])
+        return int(self.index().stats()["published"])
+
     def damage(self, key: bytes, chain: list[bytes]) -> None:
         """A bit of the block, wherever it lies."""
+        if self.store is not None:
+            name = self.name_of(key)
+            room = np.empty(10 * SHARE, np.uint8)
+            (size,) = self.store.get([name], [room])
+            room[999] ^= 4
+            assert self.store.put([name], [[room[:size]]]) == [True]
+            return
         if self.name == "disk":
             path = files(self.host)["data.kvd"]
             raw = bytearray(path.read_bytes())
@@ -45,6 +67,12 @@ class Tier:
         self.host.cache.release("d")
         data = np.frombuffer(self.host.arena.buffer, np.uint8)
         data[self.host.arena.data_of(slot) + 999] ^= 4
+
+    def name_of(self, key: bytes) -> bytes:
+        """Of a far block."""
+        far = self.host.far
+        assert far is not None
+        return name_of(far._namespace, far._mark, 0, key)
 
     def get(self, chain: list[bytes]) -> int:
         """Blocks answered, each compared; a block that the copier refuses is quarantined, as the
@@ -73,10 +101,27 @@ class Tier:
                 return host.get(chain, "h") if n else 0
 
 
-@pytest.fixture(params=["host", "disk"])
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    if binary() is None:
+        pytest.skip("there is no redis-server here (Debian: redis-server)")
+    one = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield one
+    one.close()
+
+
+@pytest.fixture(params=["host", "disk", "far", "redis"])
 def tier(request: pytest.FixtureRequest, start: Callable[..., Host]) -> Callable[..., Tier]:
     def make(**options: Any) -> Tier:
-        return Tier(request.param, start(**options))
+        if request.param in ("host", "disk"):
+            return Tier(request.param, start(**options))
+        store: FarStore = MemoryStore()
+        if request.param == "redis":
+            server = request.getfixturevalue("server")
+            with contextlib.closing(server.client()) as client:
+                client.flushall()
+            store = check_url(server.url, {})()
+        return Tier("far", start(far=lambda: store, **options), store)
 
     return make
 
@@ -93,9 +138,9 @@ def test_a_prefix_is_shared_and_a_branch_is_not(tier: Callable[..., Tier]) -> No
     branch = [*trunk[:6], *keys(4, seed=1)]
     one.put(trunk)
     assert one.get(branch) == 6
-    before = one.index().stats()["published"]
+    before = one.n_stored()
     one.put(branch)
-    assert one.index().stats()["published"] - before == 4
+    assert one.n_stored() - before == 4
     assert (one.get(branch), one.get(trunk)) == (10, 10)
 
 
@@ -112,7 +157,9 @@ def test_a_damaged_block_is_a_miss_with_all_below_it(tier: Callable[..., Tier], 
     one.damage(chain[at], chain)
     assert one.get(chain) == at
     told = [e for e in one.host.bus.recent() if isinstance(e, events.Quarantined)]
-    assert [(e.tier, e.key, e.blocks) for e in told] == [(one.name, chain[at].hex(), 8 - at)]
+    # Nobody can tell what a far store has below it.
+    blocks = 8 - at if one.store is None else 1
+    assert [(e.tier, e.key, e.blocks) for e in told] == [(one.name, chain[at].hex(), blocks)]
     one.put(chain)  # stored anew it answers
     assert one.get(chain) == 8
     assert one.host.cache.check_integrity() == []
@@ -127,6 +174,8 @@ def test_a_reset_leaves_nothing(tier: Callable[..., Tier]) -> None:
     assert one.get(keys(8)) == 8
 
 
+# A far store's own rules say what leaves it.
+@pytest.mark.parametrize("tier", ["host", "disk"], indirect=True)
 def test_a_full_tier_lets_go_of_leaves_and_stays_within_its_budget(
     tier: Callable[..., Tier],
 ) -> None:

@@ -99,11 +99,12 @@ def test_a_stored_prompt_comes_back_from_the_host_token_by_token(host: EngineHos
         "device": 0,
         "host": 0,
         "disk": 0,
+        "far": 0,
         "computed": 700,
     }
     assert native.receipt["tokens"]["device"] == whole
     assert restored.receipt["tokens"] == {
-        "prompt": 700, "device": 0, "host": whole, "disk": 0, "computed": 700 - whole,
+        "prompt": 700, "device": 0, "host": whole, "disk": 0, "far": 0, "computed": 700 - whole,
     }  # fmt: skip
     assert restored.cached == whole
     assert stored == (700 + len(cold.tokens) - 1) // BLOCK  # the reply completes one more

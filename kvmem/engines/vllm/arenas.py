@@ -18,13 +18,14 @@ from kvmem.engines.vllm.geometry import Geometry
 from kvmem.engines.vllm.plugin import CONNECTOR_NAME
 from kvmem.errors import CapacityError
 from kvmem.store import Arena, Disk, list_live
+from kvmem.store.far import Far, open_far
 from kvmem.store.layout import slots_within
 from kvmem.types import Namespace
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
 
-__all__ = ["arena_name", "arenas_of", "make_arena", "open_disk"]
+__all__ = ["arena_name", "arenas_of", "make_arena", "open_tiers"]
 
 ID_CHARACTERS = 40
 
@@ -64,20 +65,25 @@ def make_arena(
     )
 
 
-def open_disk(config: Config, arena: Arena, namespace: Namespace, bus: events.Bus) -> Disk | None:
-    """The disk below the arena, where disk_gb asks for one; without it the arena goes too.
+def open_tiers(
+    config: Config, arena: Arena, namespace: Namespace, bus: events.Bus
+) -> tuple[Disk | None, Far | None]:
+    """The tiers below the arena that disk_gb and far ask for; where one can't be, all go.
 
     Raises:
         CapacityError, ConfigError: naming the setting.
     """
-    if not config.disk_bytes:
-        return None
+    disk = None
     try:
-        root = Path(config.disk_path).expanduser()
-        return Disk(
-            root, config.disk_bytes, arena, namespace.digest, bus, codec=config.disk_codec == "auto"
-        )
+        if config.disk_bytes:
+            root, codec = Path(config.disk_path).expanduser(), config.disk_codec == "auto"
+            disk = Disk(root, config.disk_bytes, arena, namespace.digest, bus, codec=codec)
+        if config.far is None:
+            return disk, None
+        return disk, open_far(config.far, arena, namespace.digest, bus, os.environ)
     except BaseException:
+        if disk is not None:
+            disk.close()
         arena.close(unlink=True)
         raise
 

@@ -164,7 +164,7 @@ class Misses:
             # And the engine did not ask again.
             lookup = msgspec.structs.replace(
                 case.lookup,
-                stop=case.lookup.start + seen.receipt.host + seen.receipt.disk,
+                stop=case.lookup.start + seen.receipt.host + seen.receipt.disk + seen.receipt.far,
                 blocked=OF_FAULT[seen.bad_load],
                 here=case.lookup.stop,
             )

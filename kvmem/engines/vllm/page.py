@@ -75,6 +75,16 @@ class Page:
             **{name: below[name] for name in same},
         }
 
+    @staticmethod
+    def _far(below: dict[str, Any] | None) -> dict[str, Any] | None:
+        if below is None:
+            return None
+        same = (
+            "on", "label", "written", "read", "bytes_written", "bytes_read", "io_s", "faults",
+            "gone", "refused", "slower", "late", "under_way",
+        )  # fmt: skip
+        return {name: below[name] for name in same}
+
     def write(
         self,
         tier: dict[str, Any],
@@ -107,6 +117,7 @@ class Page:
                 "slot_bytes": self._block_bytes,
             },
             "disk": self._disk(tier.get("disk")),
+            "far": self._far(tier.get("far")),
             "scrub": scrubbed,
             "quarantine": list(quarantined),
             "counters": {

@@ -86,11 +86,13 @@ class Receipt:
     device: int = 0
     host: int = 0
     disk: int = 0
+    far: int = 0
     computed: int = 0
     blocks_stored: int = 0
     refused: int = 0
     load_ms: float = 0.0
     disk_ms: float = 0.0
+    far_ms: float = 0.0
     store_ms: float = 0.0
     miss: str = "new"
     resumed_at: int = 0
@@ -107,9 +109,11 @@ class Receipt:
         off_by: str | None = None,
         *,
         from_disk: int = 0,
+        from_far: int = 0,
     ) -> None:
         """Notes what the first lookup found: `start` tokens on the device, all up to `stop` here,
-        the last `from_disk` of them brought up from the disk.
+        the last `from_far` of them fetched from a far store, `from_disk` before those from the
+        disk.
 
         Later lookups are of a request that was preempted.
         """
@@ -117,8 +121,8 @@ class Receipt:
             return
         self.prompt = request.num_prompt_tokens
         self.device = start
-        self.host = max(0, stop - start - from_disk)
-        self.disk = from_disk
+        self.host = max(0, stop - start - from_disk - from_far)
+        self.disk, self.far = from_disk, from_far
         self.miss = missing
         self.resumed_at = stop
         self.load_off = off_by
@@ -129,6 +133,7 @@ class Receipt:
             self.miss = "load_failed"
             self.host = min(self.host, good_tokens)
             self.disk = min(self.disk, good_tokens - self.host)
+            self.far = min(self.far, good_tokens - self.host - self.disk)
 
     def _is_told(self, request: Request) -> bool:
         """Where the prompt came from is known: the request was preempted since, or is over."""
@@ -138,16 +143,18 @@ class Receipt:
     def finish(self, request: Request, block_tokens: int) -> dict[str, Any]:
         """The receipt as the response carries it.
 
-        `tokens` says where the prompt's KV came from; `computed` is the rest. `disk_ms` is how long
-        the request waited for the disk, `load_ms` the copy to the device. `miss` says why
-        block `first_missing_block` was not here: none, new, evicted, pending, quarantined,
-        cleared, abandoned, no_boundary, load_off or load_failed. `off` is there when loads or
-        stores were off for this request, and says by whom: setting, request, switch, proof,
-        shadow or worker. `exact` is false where the request's salt allows KV that is approximate.
+        `tokens` says where the prompt's KV came from; `computed` is the rest. `disk_ms` and
+        `far_ms` are how long the request waited for the disk and the far store, `load_ms` the copy
+        to the device. `miss` says why block `first_missing_block` was not here: none, new, evicted,
+        pending, quarantined, cleared, abandoned, no_boundary, load_off or load_failed. `off` is
+        there when loads or stores were off for this request, and says by whom: setting, request,
+        switch, proof, shadow or worker. `exact` is false where the request's salt allows KV that is
+        approximate.
         """
         self._counted = True
         self.prompt = request.num_prompt_tokens
-        self.computed = max(0, self.prompt - self.device - self.host - self.disk)
+        here = self.device + self.host + self.disk + self.far
+        self.computed = max(0, self.prompt - here)
         first_missing = None if self.miss == "none" else self.resumed_at // block_tokens
         receipt: dict[str, Any] = {
             "tokens": {
@@ -155,12 +162,14 @@ class Receipt:
                 "device": self.device,
                 "host": self.host,
                 "disk": self.disk,
+                "far": self.far,
                 "computed": self.computed,
             },
             "blocks_stored": self.blocks_stored,
             "blocks_refused": self.refused,
             "load_ms": round(self.load_ms, 3),
             "disk_ms": round(self.disk_ms, 3),
+            "far_ms": round(self.far_ms, 3),
             "store_ms": round(self.store_ms, 3),
             "miss": self.miss,
             "first_missing_block": first_missing,

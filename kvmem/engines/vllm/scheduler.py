@@ -16,7 +16,7 @@ from kvmem import events
 from kvmem.cache import Cache, Grant, Part
 from kvmem.config import Config
 from kvmem.engines.vllm import support
-from kvmem.engines.vllm.arenas import make_arena, open_disk
+from kvmem.engines.vllm.arenas import make_arena, open_tiers
 from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.misses import Misses
@@ -78,13 +78,14 @@ class SchedulerHalf:
         event_log = log_of(config)
         self.reclaimed = sweep()
         self.arena = make_arena(config, vllm_config, self.geometry, self.namespace)
-        self.disk = open_disk(config, self.arena, self.namespace, self.bus)
+        self.disk, self.far = open_tiers(config, self.arena, self.namespace, self.bus)
         self.cache = Cache(
             self.arena.header.n_slots,
             self.geometry.shapes,
             eviction=config.eviction,
             bus=self.bus,
             mover=self.disk,
+            carrier=self.far,
         )
         model = vllm_config.model_config
         self.page = Page(
@@ -235,8 +236,11 @@ class SchedulerHalf:
         seen.grant = grant
         reach = self._reach(request)
         self.misses.looked_up(seen, start, grant.stop, reach, off=None, missing=grant.missing)
-        seen.receipt.matched(request, start, grant.stop, grant.missing, from_disk=grant.from_disk)
-        seen.receipt.disk_ms = grant.disk_s * 1e3
+        seen.receipt.matched(
+            request, start, grant.stop, grant.missing,
+            from_disk=grant.from_disk, from_far=grant.from_far,
+        )  # fmt: skip
+        seen.receipt.disk_ms, seen.receipt.far_ms = grant.disk_s * 1e3, grant.far_s * 1e3
         return (grant.stop - start, True) if grant.stop > start else (0, False)
 
     def _reach(self, request: Request) -> int:
@@ -305,6 +309,7 @@ class SchedulerHalf:
     def orders(self, output: SchedulerOutput) -> Orders:
         """This step's copies: loads that were allocated, blocks that this step completes."""
         self.misses.step(output.total_num_scheduled_tokens)
+        self.cache.computes(self.misses.explainer.pace.s_per_token)
         orders = self.bare_orders(output)
         self.wait_for_disk(output)
         for request_id in orders.finished:
@@ -588,4 +593,6 @@ class SchedulerHalf:
                 self.scrub.close()
             if self.disk is not None:
                 self.disk.close()
+            if self.far is not None:
+                self.far.close()
             self.arena.close(unlink=True)

@@ -88,6 +88,7 @@ class Totals:
     tokens_hit_device: int = 0
     tokens_hit_host: int = 0
     tokens_hit_disk: int = 0
+    tokens_hit_far: int = 0
     tokens_computed: int = 0
     blocks_stored: int = 0
     blocks_loaded: int = 0
@@ -105,6 +106,7 @@ class Totals:
         self.tokens_hit_device += receipt.device
         self.tokens_hit_host += receipt.host
         self.tokens_hit_disk += receipt.disk
+        self.tokens_hit_far += receipt.far
         self.tokens_computed += receipt.computed
 
     def as_dict(self) -> dict[str, Any]:
