@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from kvmem import events
 from kvmem._core import HostTier
+from kvmem.cache.keeping import Keeping
 from kvmem.cache.moves import PATIENCE_S, Mover, Moves, Promotion
 from kvmem.types import GroupShape, Quarantine
 
@@ -112,7 +113,7 @@ class Cache:
     Args:
         n_slots: blocks the host tier holds (I7).
         groups: the model's KV-cache groups, in the engine's order.
-        eviction: "s3fifo" or "lru".
+        eviction: "s3fifo", "lru" or "agents".
         bus: where events go.
         mover: the disk below, if there is one.
         clock: seconds, for how long a request waits for the disk.
@@ -132,7 +133,8 @@ class Cache:
         self.groups = tuple(groups)
         # Prompts are resumed between blocks of every group.
         self.align_tokens = math.lcm(*(shape.block_tokens for shape in self.groups))
-        self._tier = HostTier(n_slots, eviction, keep=min(N_QUARANTINED, n_slots // 16))
+        order = "lru" if eviction == "agents" else eviction
+        self._tier = HostTier(n_slots, order, keep=min(N_QUARANTINED, n_slots // 16))
         self._quarantined: deque[Quarantine] = deque(maxlen=N_QUARANTINED)
         # Told of the keys of blocks that were evicted, 32 bytes each: from which tier, for whom.
         self.on_evicted: Callable[[bytes, str, str], None] | None = None
@@ -143,10 +145,22 @@ class Cache:
         self._moves: Moves | None = None
         if mover is not None:
             self._moves = Moves(
-                self._tier, mover, self.groups, self.bus, order=eviction, on_evicted=self._evicted
+                self._tier, mover, self.groups, self.bus, order=order, on_evicted=self._evicted
             )
+        # The order "agents", where that is asked for.
+        self.keeping = self._keeping_of(n_slots) if eviction == "agents" else None
         # Requests that wait for the disk.
         self._promotions: dict[str, Promotion] = {}
+
+    def _keeping_of(self, n_slots: int) -> Keeping:
+        keeping = Keeping(self._tier, n_slots, self.bus, self._clock)
+        if len(self.groups) > 1 or not self.groups[0].closed:
+            keeping.switch_off("the model's KV is not one chain of blocks")
+        elif self._moves is not None:
+            keeping.add_disk(self._moves.disk, self._moves.n_records)
+            self._moves.choose = keeping.choose_on_disk
+            self._moves.make_room = keeping.make_room
+        return keeping
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -365,6 +379,8 @@ class Cache:
         if self.groups[group].closed:
             stop = blocks[-1] + 1
             start = self._tier.match(keys[:stop])
+            if self.keeping is not None:
+                self.keeping.make_room(keys, start, stop - start)
             index, slots, generations, reason = self._tier.reserve(keys, start, stop)
             reached = int(index[-1]) + 1 if len(index) else start
             refused = stop - reached if reason else 0
@@ -476,6 +492,8 @@ class Cache:
         held = self._held.pop(request_id, None)
         if held is not None:
             self._let_go(held)
+        if self.keeping is not None:
+            self.keeping.over(request_id)
 
     def _let_go(self, held: _Held) -> None:
         for lease in (*held.chains.values(), *held.single):
@@ -486,6 +504,8 @@ class Cache:
         blocks = self._tier.clear()
         if self._moves is not None:
             self._moves.drop()
+        if self.keeping is not None:
+            self.keeping.dropped()
         self.bus.emit(events.Cleared(blocks=blocks, reason=reason))
         return blocks
 
@@ -513,8 +533,10 @@ class Cache:
 
     def stats(self) -> dict[str, Any]:
         """Counts of slots, blocks, leases and evictions; under "disk" those of the disk."""
-        below = {"disk": self._moves.stats()} if self._moves is not None else {}
-        return {**self._tier.stats(), **below}
+        more: dict[str, Any] = {"disk": self._moves.stats()} if self._moves is not None else {}
+        if self.keeping is not None:
+            more["policy"] = self.keeping.stats()
+        return {**self._tier.stats(), **more}
 
     def check_integrity(self) -> list[str]:
         """What is broken of I2, I3, I7 and the counts; empty when all holds."""

@@ -10,19 +10,20 @@ orchestrator says what it waits for, a tool by name, a person, nothing any more,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmem.policy.returns import Class, Returns, bins_of
 
-__all__ = ["Keeper"]
+__all__ = ["OVER", "Keeper"]
 
 UNKNOWN = "?"
 OVER = "over"  # what a hint says of a conversation that has ended
 MOST_BRANCHES = 65_536  # those not seen for longest are forgotten beyond that
 NEWEST = 0.4  # weight of the last wait in what is a branch's usual one
+RETAINED = 1e3  # hits a second: no wait is worth as much
 PACES = 9  # classes of usual waits: powers of two, of seconds
 
 
@@ -46,6 +47,9 @@ class Keeper:
         self._agent: list[str | None] = [None] * n
         self._branch_of: dict[str, int] = {}  # by agent
         self._free = list(range(n - 1, -1, -1))
+        self._retained: dict[int, tuple[float, float]] = {}  # by branch: until when, how much
+        # Is told of branches that are no more: their numbers are used again.
+        self.on_forget: Callable[[int], None] | None = None
 
     def used(self, path: Sequence[int], now_s: float, agent: str | None = None) -> int:
         """A prompt that ends with the last of these runs; its branch.
@@ -71,6 +75,12 @@ class Keeper:
             self._sends(agent, branch)
         return branch
 
+    def extended(self, branch: int, run: int) -> None:
+        """The branch ends with this run now, unless another one does; its wait goes on."""
+        if run not in self._branch_at and self._run[branch] >= 0:
+            del self._branch_at[int(self._run[branch])]
+            self._run[branch], self._branch_at[run] = run, branch
+
     def waits(self, branch: int, kind: str, now_s: float) -> None:
         """An orchestrator says what the branch waits for now: any word, or `OVER`.
 
@@ -86,7 +96,26 @@ class Keeper:
             agent, self._agent[branch] = self._agent[branch], None
             if agent is not None and self._branch_of.get(agent) == branch:
                 del self._branch_of[agent]
+            self._retained.pop(branch, None)
             self._free.append(branch)
+            if self.on_forget is not None:
+                self.on_forget(branch)
+
+    def retain(self, branch: int, until_s: float, weight: float) -> None:
+        """The branch stays longer than any that nobody asked for; the heavier ones longest."""
+        self._retained[branch] = (until_s, RETAINED * weight)
+
+    def let_go(self, branch: int) -> bool:
+        """It is worth what its returns say again; whether it was retained."""
+        return self._retained.pop(branch, None) is not None
+
+    def run_of(self, branch: int) -> int:
+        """The run at whose end the branch lies."""
+        return int(self._run[branch])
+
+    def ends_at(self, run: int) -> bool:
+        """Whether some branch lies at the end of this run."""
+        return run in self._branch_at
 
     def worths(self, now_s: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Each branch's run, -1 for no branch, and what a second of it is worth now."""
@@ -94,6 +123,11 @@ class Keeper:
         tables[self._over] = 0.0
         worth = tables[self._class, bins_of(now_s - self._since_s)]
         worth[self._run < 0] = 0.0
+        for branch, (until_s, more) in list(self._retained.items()):
+            if until_s <= now_s:
+                del self._retained[branch]
+            else:
+                worth[branch] += more
         return self._run, worth
 
     def learn(self, now_s: float) -> None:
