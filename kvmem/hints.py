@@ -52,9 +52,7 @@ Seconds = Annotated[float, Meta(gt=0.0, le=86_400.0)]
 Status = Literal["accepted", "clipped", "deferred", "rejected", "missing"]
 
 
-class Action(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="do"
-):
+class Action(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="do"):
     """Base of all actions. `session` may be left out where they come with a request of it."""
 
     session: Name = ""

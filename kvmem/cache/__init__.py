@@ -2,5 +2,6 @@
 
 from kvmem.cache.cache import Cache, Grant, Part, Reservation
 from kvmem.cache.moves import Mover
+from kvmem.cache.sessions import Who
 
-__all__ = ["Cache", "Grant", "Mover", "Part", "Reservation"]
+__all__ = ["Cache", "Grant", "Mover", "Part", "Reservation", "Who"]

@@ -32,6 +32,7 @@ from kvmem import events
 from kvmem._core import HostTier
 from kvmem.cache.keeping import Keeping
 from kvmem.cache.moves import PATIENCE_S, Mover, Moves, Promotion
+from kvmem.cache.sessions import Sessions
 from kvmem.types import GroupShape, Quarantine
 
 __all__ = ["Cache", "Grant", "Part", "Reservation"]
@@ -149,11 +150,16 @@ class Cache:
             )
         # The order "agents", where that is asked for.
         self.keeping = self._keeping_of(n_slots) if eviction == "agents" else None
+        self.sessions = Sessions(
+            self.keeping, self._tier, self._moves, self.bus, self._clock, eviction
+        )
         # Requests that wait for the disk.
         self._promotions: dict[str, Promotion] = {}
 
     def _keeping_of(self, n_slots: int) -> Keeping:
-        keeping = Keeping(self._tier, n_slots, self.bus, self._clock)
+        keeping = Keeping(
+            self._tier, n_slots, self.bus, self._clock, block_tokens=self.groups[0].block_tokens
+        )
         if len(self.groups) > 1 or not self.groups[0].closed:
             keeping.switch_off("the model's KV is not one chain of blocks")
         elif self._moves is not None:
@@ -506,6 +512,7 @@ class Cache:
             self._moves.drop()
         if self.keeping is not None:
             self.keeping.dropped()
+            self.sessions.dropped()
         self.bus.emit(events.Cleared(blocks=blocks, reason=reason))
         return blocks
 
@@ -524,6 +531,7 @@ class Cache:
     def settle(self, seconds: float = 0.0) -> None:
         """Takes in moves between host and disk that are over; waits so long at most for those that
         requests wait for."""
+        self.sessions.expire()
         if self._moves is not None:
             if seconds:
                 self._moves.wait(seconds)
@@ -535,7 +543,7 @@ class Cache:
         """Counts of slots, blocks, leases and evictions; under "disk" those of the disk."""
         more: dict[str, Any] = {"disk": self._moves.stats()} if self._moves is not None else {}
         if self.keeping is not None:
-            more["policy"] = self.keeping.stats()
+            more["policy"] = {**self.keeping.stats(), **self.sessions.stats()}
         return {**self._tier.stats(), **more}
 
     def check_integrity(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The order "agents" over real tiers: the policy names whose ends go, the tier's index lets them go.
+"""The order "agents" over real tiers: the policy names whose ends go, the index lets them go.
 
     a prompt is looked up ──▶ used: the tree of prompts, the policy's rooms, the duel with LRU
     room is needed        ──▶ make_room: the ends of the branches worth least are cut (I2, I3)
@@ -31,7 +31,7 @@ log = logging.getLogger("kvmem")
 
 T = TypeVar("T")
 
-# A branch, and how often its number was given up before: those of forgotten branches are used again.
+# A branch, and how often its number was given up before: those of forgotten ones are used again.
 Ref = tuple[int, int]
 KEY_BYTES = 32
 # The tree remembers so many blocks for each slot: the room, LRU's, and what was evicted.
@@ -102,14 +102,21 @@ class Keeping:
         n_slots: its slots.
         bus: where it is told that the policy is off.
         clock: seconds.
+        block_tokens: of a block.
     """
 
     def __init__(
-        self, tier: HostTier, n_slots: int, bus: events.Bus, clock: Callable[[], float]
+        self,
+        tier: HostTier,
+        n_slots: int,
+        bus: events.Bus,
+        clock: Callable[[], float],
+        *,
+        block_tokens: int = 1,
     ) -> None:
         self._tier, self._bus, self.clock = tier, bus, clock
         self.off = ""  # why
-        self.n_slots = n_slots
+        self.n_slots, self.block_tokens = n_slots, block_tokens
         self._tree = Tree(TREE_SLOTS * n_slots, self._needed)
         self.room = LiveRoom(self._tree, tier, n_slots)
         self.agents = Agents(self.room, lambda room: _Tier())
@@ -118,7 +125,6 @@ class Keeping:
         self._requests: dict[str, tuple[Ref, int]] = {}  # and at which run they end
         self._given_up: dict[int, int] = {}  # by branch
         self.agents.keeper.on_forget = self._forgotten
-        self.on_forget: Callable[[int], None] = lambda branch: None
         self.n_untracked = 0
 
     def add_disk(self, tier: HostTier, n_records: int) -> None:
@@ -219,6 +225,29 @@ class Keeping:
         """Whether it is still the same branch."""
         return not self.off and self._given_up.get(ref[0], 0) == ref[1]
 
+    def n_blocks(self, ref: Ref) -> int:
+        """Blocks of a branch, from the root on; 0 where it is no more."""
+        blocks, run = 0, self.agents.keeper.run_of(ref[0]) if self.is_known(ref) else -1
+        while run >= 0:
+            blocks += self._tree.sizes[run]
+            run = self._tree.parents[run]
+        return blocks
+
+    def waits(self, ref: Ref, kind: str) -> None:
+        """What the branch waits for, as an orchestrator says."""
+        if self.is_known(ref):
+            self.agents.waits(ref[0], kind, self.clock())
+
+    def retain(self, ref: Ref, for_s: float, weight: float) -> None:
+        """The branch is to outlast those that nobody asked for; the heavier ones longest."""
+        if self.is_known(ref):
+            self.agents.keeper.retain(ref[0], self.clock() + for_s, weight)
+
+    def let_go(self, ref: Ref) -> None:
+        """It is worth what its returns say again."""
+        if self.is_known(ref):
+            self.agents.keeper.let_go(ref[0])
+
     def chain(self, ref: Ref) -> list[bytes]:
         """The keys of all blocks of a branch, from the root on."""
         runs, run = [], self.agents.keeper.run_of(ref[0])
@@ -284,7 +313,6 @@ class Keeping:
 
     def _forgotten(self, branch: int) -> None:
         self._given_up[branch] = self._given_up.get(branch, 0) + 1
-        self.on_forget(branch)
 
     def _needed(self, run: int) -> int:
         for room in self._rooms:

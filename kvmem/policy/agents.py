@@ -1,8 +1,8 @@
 """The order "agents": what a `Keeper` says that prompts are worth, and LRU where that does better.
 
 It decides for one `Room`, which may be a model of a cache (in replay) or the table of a real one
-(`kvmem.cache.keeping`). Beside it plain LRU is played on the same prompts in a room of its own; while
-LRU decides, the keeper's order is played in a third.
+(`kvmem.cache.keeping`). Beside it plain LRU is played on the same prompts in a room of its own;
+while LRU decides, the keeper's order is played in a third.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""`/v1/kvmem/switch` on vLLM's own server: kvmem's loads and stores, off and on.
+"""`/v1/kvmem/switch` on vLLM's own server: kvmem's loads and stores, off and on. Beside it the
+routes of `hints_endpoint`.
 
     GET                              {"loads": true, "stores": true}
     POST {"loads": false}            the same, as it stands then; what is not named stays
 
 A `vllm.endpoint_plugins` entry point: vLLM adds the routes where VLLM_PLUGINS names it, as
-`kvmem serve` does. The path lies below /v1, which vLLM's --api-key guards. This is the one module
-beside those that serve HTTP themselves which imports a web framework: the server is vLLM's.
+`kvmem serve` does. The path lies below /v1, which vLLM's --api-key guards. Beside those that serve
+HTTP themselves only these two modules import a web framework: the server is vLLM's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from starlette.responses import JSONResponse
 
+from kvmem.engines.vllm import hints_endpoint
 from kvmem.engines.vllm.arenas import arenas_of
+from kvmem.engines.vllm.hints_endpoint import error as _error
 from kvmem.engines.vllm.plugin import ENDPOINT_NAME
 from kvmem.errors import KVMemError
 from kvmem.store import Switch, read_switch, set_switch
@@ -46,6 +49,7 @@ class SwitchEndpoint:
         """Adds the routes; vLLM's middleware goes around them afterwards."""
         app.add_api_route(PATH, _get, methods=["GET"], response_model=None)
         app.add_api_route(PATH, _post, methods=["POST"], response_model=None)
+        hints_endpoint.attach(app)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -53,6 +57,7 @@ class SwitchEndpoint:
         """Notes which engine is behind this server; a server that only renders has none."""
         config = engine_client.vllm_config if engine_client is not None else None
         state.kvmem_transfer = config.kv_transfer_config if config is not None else None
+        state.kvmem_core = getattr(engine_client, "engine_core", None)
 
 
 class _Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -95,11 +100,3 @@ def _answer(transfer: KVTransferConfig | None, wanted: _Wanted) -> JSONResponse:
         return _error(503, str(error))
     switch = Switch(loads=all(one.loads for one in now), stores=all(one.stores for one in now))
     return JSONResponse(msgspec.to_builtins(switch))
-
-
-def _error(code: int, message: str, param: str | None = None) -> JSONResponse:
-    """In the shape of vLLM's own errors."""
-    kind = "BadRequestError" if code < 500 else "ServiceUnavailableError"
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": param, "code": code}}, code
-    )

@@ -18,6 +18,7 @@ from kvmem.config import Config
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.arenas import make_arena, open_disk
 from kvmem.engines.vllm.geometry import geometry_of
+from kvmem.engines.vllm.hinting import Hinting, install
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.misses import Misses
 from kvmem.engines.vllm.namespace import namespace_of
@@ -96,6 +97,8 @@ class SchedulerHalf:
         self.proofs = Proofs(self.ranks, self.bus, time.monotonic)
         self.live = Live(self, vllm_config)
         self.misses = Misses(self, getattr(model, "tokenizer", None))
+        self.hinting = Hinting(self)
+        install()
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -191,6 +194,7 @@ class SchedulerHalf:
             reason = "load_failed" if seen.load_failed else "load_off"
             self.misses.looked_up(seen, start, start, self._reach(request), off=off, missing=reason)
             seen.receipt.matched(request, start, start, reason, off)
+            self.hinting.matched(seen)
             return 0, False
         self._take_scrubbed()
         grant = self.cache.acquire(
@@ -211,6 +215,7 @@ class SchedulerHalf:
         self.misses.looked_up(seen, start, grant.stop, reach, off=None, missing=grant.missing)
         seen.receipt.matched(request, start, grant.stop, grant.missing, from_disk=grant.from_disk)
         seen.receipt.disk_ms = grant.disk_s * 1e3
+        self.hinting.matched(seen)
         return (grant.stop - start, True) if grant.stop > start else (0, False)
 
     def _reach(self, request: Request) -> int:
@@ -505,6 +510,9 @@ class SchedulerHalf:
         runs = self.misses.finished(seen)
         if runs is not None:
             receipt["misses"] = runs
+        hinted = self.hinting.finished(seen)
+        if hinted is not None:
+            receipt["hints"] = hinted
         aborted = str(request.get_finished_reason()) in ("abort", "error")
         may = not (aborted or seen.loading or seen.stale) and seen.wishes.store
         keep = may and self.storing.has_more(seen, tables)

@@ -77,9 +77,9 @@ class Ttl(LeastRecent):
 class Belady(_Plain):
     """See the module."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, forest: Forest) -> None:
         super().__init__(room)
-        self._uses = room.forest.next_uses()
+        self._uses = forest.next_uses()
         self._at = [0] * len(self._uses)
         self._heap: list[tuple[int, int]] = []
         self._now = 0
@@ -309,7 +309,9 @@ def make_order(name: str, forest: Forest, capacity: int) -> tuple[Room, Order]:
         KeyError: it is not one of `ORDERS`.
     """
     room = Room(forest, capacity)
-    plain = {"lru": LeastRecent, "ttl": Ttl, "s3fifo": S3Fifo, "arc": Arc, "belady": Belady}
+    if name == "belady":
+        return room, Belady(room, forest)
+    plain = {"lru": LeastRecent, "ttl": Ttl, "s3fifo": S3Fifo, "arc": Arc}
     if name in plain:
         return room, plain[name](room)
     return room, Kvmem(room, hints={"kvmem": False, "kvmem_hints": True}[name])
