@@ -225,13 +225,20 @@ class Keeping:
         """Whether it is still the same branch."""
         return not self.off and self._given_up.get(ref[0], 0) == ref[1]
 
+    def expect(self, ref: Ref) -> None:
+        """All of the branch is on its way to the host."""
+        self.room.fill(self._path(ref), self.clock())
+
+    def _path(self, ref: Ref) -> list[int]:
+        path, run = [], self.agents.keeper.run_of(ref[0]) if self.is_known(ref) else -1
+        while run >= 0:
+            path.append(run)
+            run = self._tree.parents[run]
+        return path[::-1]
+
     def n_blocks(self, ref: Ref) -> int:
         """Blocks of a branch, from the root on; 0 where it is no more."""
-        blocks, run = 0, self.agents.keeper.run_of(ref[0]) if self.is_known(ref) else -1
-        while run >= 0:
-            blocks += self._tree.sizes[run]
-            run = self._tree.parents[run]
-        return blocks
+        return sum(self._tree.sizes[run] for run in self._path(ref))
 
     def waits(self, ref: Ref, kind: str) -> None:
         """What the branch waits for, as an orchestrator says."""
@@ -250,11 +257,7 @@ class Keeping:
 
     def chain(self, ref: Ref) -> list[bytes]:
         """The keys of all blocks of a branch, from the root on."""
-        runs, run = [], self.agents.keeper.run_of(ref[0])
-        while run >= 0:
-            runs.append(run)
-            run = self._tree.parents[run]
-        whole = b"".join(bytes(self._tree.keys(run)) for run in reversed(runs))
+        whole = b"".join(bytes(self._tree.keys(run)) for run in self._path(ref))
         return [whole[i : i + KEY_BYTES] for i in range(0, len(whole), KEY_BYTES)]
 
     def cut_branch(self, ref: Ref) -> int:

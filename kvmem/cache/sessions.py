@@ -357,6 +357,7 @@ class Sessions:
         promotion = Promotion(self._clock(), there)
         self._moves.promote(promotion, 0, chain, there, below)
         self._moves.give_up(promotion)  # nobody waits for it; it goes on
+        self._keeping.expect(ref)
         return below - there
 
     # -- tools, ends -------------------------------------------------------------------------
