@@ -36,6 +36,8 @@ Ref = tuple[int, int]
 KEY_BYTES = 32
 # The tree remembers so many blocks for each slot: the room, LRU's, and what was evicted.
 TREE_SLOTS = 6
+MOST_SPARE = 4096  # blocks
+PUT_RIGHT = 4  # leaves that are looked at for each prompt while LRU leads
 STRANGERS = 16  # blocks of no known prompt may have such a share of the slots
 
 
@@ -126,6 +128,9 @@ class Keeping:
         self._given_up: dict[int, int] = {}  # by branch
         self.agents.keeper.on_forget = self._forgotten
         self.n_untracked = 0
+        # Worths are asked for so many blocks at once.
+        self._spare = max(n_slots // SPARE, min(n_slots // 128, MOST_SPARE))
+        self._unsure: list[int] = []  # leaves that LRU may have taken
 
     def add_disk(self, tier: HostTier, n_records: int) -> None:
         """The tier below, whose ends are cut likewise."""
@@ -148,11 +153,11 @@ class Keeping:
         if path is None:
             self.n_untracked += bool(keys)
             return None
-        now_s, led = self.clock(), self.agents.duel.second
+        now_s = self.clock()
         self.room.fill(path, now_s)
         branch = self.agents.used(path, hits, now_s, agent)
-        if led and not self.agents.duel.second:
-            self._put_right()  # LRU has evicted meanwhile
+        if self.agents.duel.second:
+            self._put_right_some()  # LRU evicts meanwhile
         ref = self.ref(branch)
         self._requests[request_id] = (ref, path[-1])
         for room in self._rooms:
@@ -192,7 +197,7 @@ class Keeping:
             else (0,)
         )
         try:
-            wanted = n - self._tier.free() + self.n_slots // SPARE
+            wanted = n - self._tier.free() + self._spare
             strangers = int(self._tier.stats()["published"]) - self.room.used
             if strangers > self.n_slots // STRANGERS:
                 wanted -= len(self._tier.evict(min(wanted, strangers)))
@@ -321,6 +326,17 @@ class Keeping:
         for room in self._rooms:
             room.refresh(run)
         return max(room.here[run] for room in self.agents.rooms)
+
+    def _put_right_some(self) -> None:
+        """A few leaves a prompt: all of them at once would hold the engine up."""
+        if not self._unsure:
+            self._unsure = list(self.room.leaves)
+        for run in self._unsure[-PUT_RIGHT:]:
+            if run in self.room.leaves and not self.room.refresh(run):
+                above = self._tree.parents[run]
+                if above in self.room.leaves:
+                    self.room.refresh(above)
+        del self._unsure[-PUT_RIGHT:]
 
     def _put_right(self) -> None:
         for room in self._rooms:

@@ -8,7 +8,7 @@ while LRU decides, the keeper's order is played in a third.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,8 @@ from kvmem.policy.room import Room
 
 __all__ = ["Agents"]
 
-LEARN_EVERY = 32  # prompts
+LEARN_EVERY = 32  # prompts; with many branches fewer times, since it looks at each
+FIRST = 64  # leaves that are sorted first
 SPARE = 512  # that share of the room more is made at once, so that worths are not asked each time
 
 Runs = npt.NDArray[np.int64]
@@ -57,7 +58,7 @@ class Agents:
         self._lru = Lru(self._lru_room)
         self._real_lru: Plain | None = None
         self._keeper_room = room  # the same until then
-        self._n = 0
+        self._n, self._learn_at = 0, LEARN_EVERY
         self._parents = np.array([*room.forest.parents, -1], np.int64)
         self.also: list[Room] = []  # other tiers of the same prompts
 
@@ -81,16 +82,18 @@ class Agents:
         self._play(path, now_s)
         before = self.duel.second
         self.duel.played(asked, first, second)
+        if before and not self.duel.second:
+            self._keeper_room = self.room  # it goes on with what LRU left
         if self.duel.second and not before:
-            if shadow is self.room:
-                self._keeper_room = Room.copy(self.room)
+            self._keeper_room = Room.copy(self.room)
             self._real_lru = self._plain(self.room)
         elif self._real_lru is not None and self.duel.second:
             self._real_lru.used(path, now_s)
         for room in self.also:
             room.fill(path, now_s)
         self._n += 1
-        if self._n % LEARN_EVERY == 0:
+        if self._n >= self._learn_at:
+            self._learn_at = self._n + max(LEARN_EVERY, self.keeper.n_branches // LEARN_EVERY)
             self.keeper.learn(now_s)
         return branch
 
@@ -132,16 +135,15 @@ class Agents:
         at = self._standing(room, runs)
         known = at >= 0
         of = np.bincount(at[known], worths[known], minlength=len(room.here))
-        leaves = np.fromiter(room.leaves, np.int64, len(room.leaves))
-        order = leaves[np.lexsort((room.last[leaves], of[leaves]))].tolist()
+        order = _ordered(np.fromiter(room.leaves, np.int64, len(room.leaves)), of, room.last)
         bare: list[tuple[float, float, int]] = []  # leaves that were none
-        next_leaf = 0
-        while room.excess(to) > 0 and (bare or next_leaf < len(order)):
-            run = order[next_leaf] if next_leaf < len(order) else -1
+        leaf = next(order, -1)
+        while room.excess(to) > 0 and (bare or leaf >= 0):
+            run = leaf
             if bare and (run < 0 or bare[0][:2] < (of[run], room.last[run])):
                 run = heapq.heappop(bare)[2]
             else:
-                next_leaf += 1
+                leaf = next(order, -1)
             above = room.cut(run, room.excess(to))
             if room.here[run] == 0 and room.forest.parents[run] >= 0:
                 of[room.forest.parents[run]] += of[run]  # those that were cut ask for it, too
@@ -191,3 +193,19 @@ class Agents:
         for room in self.rooms:
             if room.ends is not None:
                 room.ends[0][room.ends[0] == run] = -2
+
+
+def _ordered(leaves: Runs, of: Worths, last: Worths) -> Iterator[int]:
+    """The leaves worth least first, then those used longest ago. Mostly few are asked for, so only
+    they are sorted; the rest when they are."""
+    worths = of[leaves]
+    if len(leaves) > 4 * FIRST:
+        low = worths <= np.partition(worths, FIRST)[FIRST]
+        yield from _sorted(leaves[low], worths[low], last)
+        leaves, worths = leaves[~low], worths[~low]
+    yield from _sorted(leaves, worths, last)
+
+
+def _sorted(leaves: Runs, worths: Worths, last: Worths) -> list[int]:
+    order: list[int] = leaves[np.lexsort((last[leaves], worths))].tolist()
+    return order

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvmem.policy.returns import Class, Returns, bins_of
+from kvmem.policy.returns import N_BINS, Class, Returns, bins_of
 
 __all__ = ["OVER", "Keeper"]
 
@@ -44,6 +44,7 @@ class Keeper:
         self._classes: list[Class] = [()]
         self._number_of: dict[Class, int] = {(): 0}
         self._over = [False]
+        self._tables = np.zeros((64, N_BINS))  # by class and age
         self._agent: list[str | None] = [None] * n
         self._branch_of: dict[str, int] = {}  # by agent
         self._free = list(range(n - 1, -1, -1))
@@ -119,9 +120,8 @@ class Keeper:
 
     def worths(self, now_s: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Each branch's run, -1 for no branch, and what a second of it is worth now."""
-        tables = np.stack([self.returns.worth(of) for of in self._classes])
-        tables[self._over] = 0.0
-        worth = tables[self._class, bins_of(now_s - self._since_s)]
+        self._make_tables()
+        worth = self._tables[self._class, bins_of(now_s - self._since_s)]
         worth[self._run < 0] = 0.0
         for branch, (until_s, more) in list(self._retained.items()):
             if until_s <= now_s:
@@ -134,12 +134,10 @@ class Keeper:
         """Takes in how long those have waited that have not come back; now and then is enough."""
         live = np.nonzero(self._run >= 0)[0]
         ages = now_s - self._since_s[live]
-        classes = self._class[live]
-        for number in np.unique(classes).tolist():
-            of = classes == number
-            told, age = self._told_s[live][of], ages[of]
-            self.returns.waited(self._classes[number], told, np.maximum(told, age))
-        self._told_s[live] = np.maximum(self._told_s[live], ages)
+        told = self._told_s[live]
+        ages = np.maximum(told, ages)
+        self.returns.waited_all(self._classes, self._class[live], told, ages)
+        self._told_s[live] = ages
 
     @property
     def n_branches(self) -> int:
@@ -153,6 +151,15 @@ class Keeper:
         self._branch_of[agent], self._agent[branch] = branch, agent
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _make_tables(self) -> None:
+        """What each class is worth by age: those anew that have seen enough since."""
+        while len(self._tables) < len(self._classes):
+            self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
+        for of in [one for one in self.returns.stale if one in self._number_of]:
+            number, worth = self._number_of[of], self.returns.worth(of)
+            self._tables[number] = 0.0 if self._over[number] else worth
+        self.returns.stale.clear()
 
     def _tell(self, branch: int, now_s: float) -> None:
         age = now_s - self._since_s[branch]
@@ -175,6 +182,7 @@ class Keeper:
         pace = min(PACES, max(0, round(float(self._pace[branch])))) if times else -1
         of = self.returns.settle((kind, min(times, 2), pace))
         if of not in self._number_of:
+            self.returns.stale.add(of)
             self._number_of[of] = len(self._classes)
             self._classes.append(of)
             self._over.append(kind == OVER)
