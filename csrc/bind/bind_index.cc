@@ -316,8 +316,7 @@ void RegisterIndex(nb::module_& m) {
            "Evicts up to n blocks from the end of a piece of a prompt: of `keys`, blocks one below "
            "the other, the deepest that is here first, and only leaves that nobody leases.\n\n"
            "Returns (present, slots): how many of the keys were here before, and whose slots went.")
-      .def("free", &HostTier::NumFree,
-           "Slots that can be reserved without evicting anything.")
+      .def("free", &HostTier::NumFree, "Slots that can be reserved without evicting anything.")
       .def("take_evicted", &TakeEvicted, nb::sig("def take_evicted(self) -> bytes"),
            "The keys of blocks evicted since this was asked last, 32 bytes each; of very many the "
            "first 4,096.")

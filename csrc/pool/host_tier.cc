@@ -295,7 +295,8 @@ HostTier::Tail HostTier::Cut(const KeyList& keys, size_t n) {
     EvictSlot(slot);
     tail.slots.push_back(static_cast<int32_t>(slot));
     // Keys that are no chain of this index end it where they part.
-    if (left == 1 || parent == kNoSlot || index_.key(parent) != keys.At(low - tail.slots.size() - 1)) {
+    if (left == 1 || parent == kNoSlot ||
+        index_.key(parent) != keys.At(low - tail.slots.size() - 1)) {
       break;
     }
     slot = parent;
