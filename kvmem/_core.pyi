@@ -190,6 +190,16 @@ class HostTier:
         Evicts up to n blocks, as `reserve` does where it must; whose slots they were.
         """
 
+    def cut(self, keys: list[bytes] | TokenCursor | bytes | numpy.typing.NDArray[numpy.uint8], n: int) -> tuple[int, numpy.typing.NDArray[numpy.int32]]:
+        """
+        Evicts up to n blocks from the end of a piece of a prompt: of `keys`, blocks one below the other, the deepest that is here first, and only leaves that nobody leases.
+
+        Returns (present, slots): how many of the keys were here before, and whose slots went.
+        """
+
+    def free(self) -> int:
+        """Slots that can be reserved without evicting anything."""
+
     def take_evicted(self) -> bytes:
         """
         The keys of blocks evicted since this was asked last, 32 bytes each; of very many the first 4,096.

@@ -30,7 +30,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     approximate_salt: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
     far: Annotated[str, Meta(min_length=1, max_length=4000)] | None = None
     arena: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] | None = None
-    eviction: Literal["s3fifo", "lru"] = "s3fifo"
+    eviction: Literal["agents", "s3fifo", "lru"] = "s3fifo"
     load: bool = True
     store: bool = True
     verify_share: Share = 1.0
@@ -146,8 +146,9 @@ _document(
 )
 _document(
     "eviction",
-    "s3fifo or lru",
-    "Which blocks leave first; s3fifo is not emptied by a scan of one-off prompts.",
+    "agents, s3fifo or lru",
+    "Which blocks leave first; s3fifo is not emptied by a scan of one-off prompts, agents learns "
+    "when each conversation comes back and takes hints (docs/policy.md).",
     "lru loses an agent's prompt to a burst of prompts used once.",
 )
 _document("load", "true or false", "Answer prompts from kvmem.", "false: every block is computed.")

@@ -20,8 +20,10 @@ __all__ = [
     "Event",
     "Evicted",
     "Failure",
+    "HintRefused",
     "Loaded",
     "Missed",
+    "PolicyOff",
     "Quarantined",
     "Refused",
     "Stored",
@@ -152,6 +154,24 @@ class TierOn(Event, frozen=True, kw_only=True, tag="tier_on"):
 
     tier: str
     seconds: float
+
+
+class PolicyOff(Event, frozen=True, kw_only=True, tag="policy_off"):
+    """The order "agents" failed, or has nothing to go by here: from now on it is plain LRU."""
+
+    error: str
+
+
+class HintRefused(Event, frozen=True, kw_only=True, tag="hint_refused"):
+    """An orchestrator's action was not, or not wholly, done: `status` of its receipt, and why.
+
+    Of many in a short time only some are told; `untold` says how many were not since the last one.
+    """
+
+    do: str
+    status: str
+    reason: str
+    untold: int = 0
 
 
 class Shadowed(Event, frozen=True, kw_only=True, tag="shadowed"):

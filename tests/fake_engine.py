@@ -29,6 +29,8 @@ class FakeEngine(httpx.AsyncBaseTransport):
         self.says = says if callable(says) else lambda prompt: says
         self.faults: list[Fault] = list(faults)
         self.bodies: list[dict[str, Any]] = []
+        self.hints: list[dict[str, Any]] = []
+        self.hints_status = 200
         self.running = self.most = 0
         self.arrived = asyncio.Event()
         self.go = asyncio.Event()  # "wait" waits for it
@@ -40,6 +42,9 @@ class FakeEngine(httpx.AsyncBaseTransport):
         if request.url.path == "/metrics":
             return httpx.Response(200, text='vllm:cache_config_info{block_size="16"} 1.0\n')
         body = json.loads(request.content)
+        if request.url.path == "/v1/kvmem/hints":
+            self.hints.append(body)
+            return httpx.Response(self.hints_status, json={"receipts": []})
         self.bodies.append(body)
         self.running += 1
         self.most = max(self.most, self.running)

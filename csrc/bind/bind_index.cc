@@ -151,6 +151,14 @@ nb::object Evict(HostTier& tier, int64_t n) {
   return ToNumpy(tier.Evict(static_cast<size_t>(n)));
 }
 
+nb::tuple Cut(HostTier& tier, nb::handle source, int64_t n) {
+  const Keys keys(source);
+  if (n < 0) RaiseValue("n must not be negative, not " + std::to_string(n));
+  HostTier::Tail tail = tier.Cut(keys, static_cast<size_t>(n));
+  keys.RaiseIfBad();
+  return nb::make_tuple(tail.present, ToNumpy(std::move(tail.slots)));
+}
+
 nb::object TakeEvicted(HostTier& tier) {
   const std::vector<unsigned char> keys = tier.TakeEvicted();
   return NewBytes(keys.data(), keys.size());
@@ -303,6 +311,12 @@ void RegisterIndex(nb::module_& m) {
            "Slot and generation of the published block with this key.")
       .def("evict", &Evict, arg("n"), nb::sig("def evict(self, n: int) -> " INT32),
            "Evicts up to n blocks, as `reserve` does where it must; whose slots they were.")
+      .def("cut", &Cut, arg("keys"), arg("n"),
+           nb::sig("def cut(self, " KEYS ", n: int) -> tuple[int, " INT32 "]"),
+           "Evicts up to n blocks from the end of a piece of a prompt: of `keys`, blocks one below "
+           "the other, the deepest that is here first, and only leaves that nobody leases.\n\n"
+           "Returns (present, slots): how many of the keys were here before, and whose slots went.")
+      .def("free", &HostTier::NumFree, "Slots that can be reserved without evicting anything.")
       .def("take_evicted", &TakeEvicted, nb::sig("def take_evicted(self) -> bytes"),
            "The keys of blocks evicted since this was asked last, 32 bytes each; of very many the "
            "first 4,096.")

@@ -42,6 +42,10 @@ class EvictionOrder {
   // The block leaves for another reason than eviction. Called before the index forgets it.
   virtual void Drop(SlotId slot) = 0;
 
+  // The block is evicted, but not as this order's choice. Called before the index forgets it; if
+  // that makes its parent a leaf, Bare() of the parent follows.
+  virtual void Cut(SlotId slot) { Drop(slot); }
+
   // All blocks leave at once.
   virtual void DropAll() = 0;
 

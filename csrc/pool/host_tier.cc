@@ -271,6 +271,39 @@ std::vector<int32_t> HostTier::Evict(size_t n) {
   return gone;
 }
 
+HostTier::Tail HostTier::Cut(const KeyList& keys, size_t n) {
+  Tail tail;
+  const std::lock_guard lock(mutex_);
+  const auto at = [&](size_t i) {
+    const SlotId slot = index_.Find(keys.At(i));
+    return slot != kNoSlot && index_.state(slot) == BlockState::kPublished ? slot : kNoSlot;
+  };
+  size_t low = 0;  // keys[0, low) are here (I2)
+  for (size_t high = keys.size(); low < high;) {
+    const size_t middle = low + (high - low) / 2;
+    if (at(middle) != kNoSlot) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  tail.present = low;
+  SlotId slot = low > 0 ? at(low - 1) : kNoSlot;
+  for (size_t left = std::min(n, low); left > 0 && index_.Evictable(slot); --left) {
+    const SlotId parent = index_.parent(slot);
+    order_->Cut(slot);
+    EvictSlot(slot);
+    tail.slots.push_back(static_cast<int32_t>(slot));
+    // Keys that are no chain of this index end it where they part.
+    if (left == 1 || parent == kNoSlot ||
+        index_.key(parent) != keys.At(low - tail.slots.size() - 1)) {
+      break;
+    }
+    slot = parent;
+  }
+  return tail;
+}
+
 std::vector<unsigned char> HostTier::TakeEvicted() {
   const std::lock_guard lock(mutex_);
   return std::exchange(evicted_, {});
@@ -524,6 +557,11 @@ std::optional<uint64_t> HostTier::Checksum(int32_t slot, uint64_t generation) co
     return std::nullopt;
   }
   return index_.checksum(static_cast<SlotId>(slot));
+}
+
+uint32_t HostTier::NumFree() const {
+  const std::lock_guard lock(mutex_);
+  return free_.size;
 }
 
 HostTier::Stats HostTier::GetStats() const {

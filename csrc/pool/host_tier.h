@@ -133,6 +133,15 @@ class HostTier {
   // tier whose room is not told by its slots alone.
   std::vector<int32_t> Evict(size_t n);
 
+  // Evicts up to n blocks from the end of a piece of a prompt: `keys` are blocks that lie one below
+  // the other. The deepest of them that is here goes first, and only leaves that nobody leases go
+  // (I2, I3). For whoever knows better than the order what to keep.
+  struct Tail {
+    size_t present = 0;  // of the keys, before
+    std::vector<int32_t> slots;
+  };
+  Tail Cut(const KeyList& keys, size_t n);
+
   // The keys of the blocks that were evicted since this was asked last, 32 bytes each; of very many
   // the first kMostTold, so that nobody has to ask.
   std::vector<unsigned char> TakeEvicted();
@@ -175,6 +184,9 @@ class HostTier {
   std::optional<uint64_t> Checksum(int32_t slot, uint64_t generation) const;
 
   Stats GetStats() const;
+
+  // Slots that can be reserved without evicting anything.
+  uint32_t NumFree() const;
   std::vector<std::string> CheckIntegrity() const;
 
  private:

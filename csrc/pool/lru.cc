@@ -20,6 +20,14 @@ void Lru::Drop(SlotId slot) {
   if (links_->Linked(slot)) links_->Remove(&list_, slot);
 }
 
+void Lru::Cut(SlotId slot) {
+  const SlotId parent = index_.parent(slot);
+  const bool bare = parent != kNoSlot && index_.children(parent) == 1 &&
+                    index_.state(parent) == BlockState::kPublished && !links_->Linked(parent);
+  if (bare && links_->Linked(slot)) links_->PutBefore(&list_, slot, parent);
+  Drop(slot);
+}
+
 void Lru::DropAll() {
   while (links_->PopFront(&list_) != kNoSlot) {
   }

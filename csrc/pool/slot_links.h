@@ -45,6 +45,16 @@ class SlotLinks {
     ++list->size;
   }
 
+  // REQUIRES: slot is in this list, !Linked(other).
+  void PutBefore(List* list, SlotId slot, SlotId other) {
+    const SlotId before = previous_[slot];
+    previous_[other] = before;
+    next_[other] = slot;
+    (before == kNoSlot ? list->front : next_[before]) = other;
+    previous_[slot] = other;
+    ++list->size;
+  }
+
   // REQUIRES: slot is in this list.
   void Remove(List* list, SlotId slot) {
     const SlotId before = previous_[slot];

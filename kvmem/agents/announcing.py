@@ -1,6 +1,6 @@
 """Where an orchestrator's knowledge goes: what an agent does next, told to whoever keeps KV.
 
-A seam: nobody listens unless a listener is given.
+A runtime tells its engine (`kvmem.agents.hinting`), and a listener of the user's where it is given.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Hint(msgspec.Struct, frozen=True):
         n_tokens: of its ledger.
         tool: the tool's name.
         expected_s: how long the tool took so far, median; None while nothing is known.
+        cache_salt: of its requests.
     """
 
     what: Literal["tool_start", "tool_end", "session_end"]
@@ -32,6 +33,7 @@ class Hint(msgspec.Struct, frozen=True):
     n_tokens: int
     tool: str = ""
     expected_s: float | None = None
+    cache_salt: str = ""
 
 
 class Announcer(Protocol):
@@ -42,10 +44,8 @@ class Announcer(Protocol):
         ...
 
 
-def announce_safely(listener: Announcer | None, hint: Hint) -> None:
+def announce_safely(listener: Announcer, hint: Hint) -> None:
     """Announces; a listener that raises costs a line in the log and no turn (I9)."""
-    if listener is None:
-        return
     try:
         listener.announce(hint)
     except Exception:  # I9: a listener's fault costs the hint, never the agent's turn

@@ -46,7 +46,7 @@ class Asker:
         form: how the model writes calls of tools.
         gate: how many requests are out at once.
         defaults: of turns.
-        announcer: who is told of tools and ends.
+        announcers: who is told of tools and ends.
         tell: takes lines for people: what a fork, a spawn or a map will cost.
         accept: rules of the probe that the template may break (docs/context.md).
     """
@@ -61,7 +61,7 @@ class Asker:
         form: CallFormat,
         gate: asyncio.Semaphore,
         defaults: Defaults,
-        announcer: Announcer | None,
+        announcers: Sequence[Announcer],
         tell: Callable[[str], None] | None,
         accept: tuple[str, ...],
     ) -> None:
@@ -69,7 +69,7 @@ class Asker:
         self.block_tokens, self.form, self.gate, self.defaults = block_tokens, form, gate, defaults
         self.accept = accept
         self.tell = tell if tell is not None else log.info
-        self._announcer = announcer
+        self._announcers = tuple(announcers)
         self._took: dict[str, deque[float]] = {}
 
     def ledger(
@@ -97,8 +97,9 @@ class Asker:
         )  # fmt: skip
 
     def announce(self, hint: Hint) -> None:
-        """Tells the listener, if there is one."""
-        announce_safely(self._announcer, hint)
+        """Tells those who listen."""
+        for announcer in self._announcers:
+            announce_safely(announcer, hint)
 
     def expected_s(self, tool: str) -> float | None:
         """How long the tool took so far, median of the last 32 times."""

@@ -26,7 +26,8 @@ async def answered(
     if call.fault:
         return {**message, "content": f"Error: {call.fault}", "is_error": True}
     tool, where = tools[call.name], (ledger.session_id, ledger.n_tokens, call.name)
-    asker.announce(Hint("tool_start", *where, asker.expected_s(call.name)))
+    expected_s, salt = asker.expected_s(call.name), ledger.cache_salt
+    asker.announce(Hint("tool_start", *where, expected_s, cache_salt=salt))
     began = time.monotonic()
     try:
         return {**message, "content": await tool.run(call.arguments)}
@@ -37,5 +38,5 @@ async def answered(
         told = f"{type(error).__name__}: {error}"
     finally:
         asker.took(call.name, time.monotonic() - began)
-        asker.announce(Hint("tool_end", *where))
+        asker.announce(Hint("tool_end", *where, cache_salt=salt))
     return {**message, "content": f"Error: {told}", "is_error": True}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kvmem.agents.announcing import Announcer
 from kvmem.agents.asker import Asker, Defaults
 from kvmem.agents.budget import Budget
+from kvmem.agents.hinting import EngineHints
 from kvmem.agents.session import Session
 from kvmem.agents.state import resume
 from kvmem.agents.team import Layout, Team
@@ -51,7 +52,8 @@ class Runtime:
         fields: of every request: `{"temperature": 0}`.
         form: how the model writes calls of tools.
         accept: rules that its template may break (docs/context.md).
-        announcer: is told when tools start and end, and when sessions end.
+        announcer: is told when tools start and end, and when sessions end, as the engine is.
+        hints: tell the engine, where it takes hints (docs/policy.md).
         tell: takes a line before each fork, spawn and map: what it costs; None logs it.
         transport: instead of the network, for tests.
 
@@ -75,6 +77,7 @@ class Runtime:
         form: CallFormat = HERMES,
         accept: Sequence[str] = (),
         announcer: Announcer | None = None,
+        hints: bool = True,
         tell: Callable[[str], None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -89,6 +92,7 @@ class Runtime:
         self._renderer, self._tokenizer = renderer, tokenizer
         self._defaults = Defaults(max_tokens, timeout_s, dict(fields or {}))
         self._concurrency, self._form, self._accept = concurrency, form, tuple(accept)
+        self._hints = EngineHints(self._wire) if hints else None
         self._announcer, self._tell = announcer, tell
         self._asker: Asker | None = None
 
@@ -118,6 +122,8 @@ class Runtime:
     ) -> None:
         """Ends the connections."""
         self._asker = None
+        if self._hints is not None:
+            await self._hints.close()
         await self._wire.close()
 
     async def _open(self) -> None:
@@ -139,7 +145,8 @@ class Runtime:
             wire=self._wire, model=self.model, renderer=self._renderer,
             block_tokens=_block_tokens(await self._wire.metrics()), form=self._form,
             gate=asyncio.Semaphore(self._concurrency), defaults=self._defaults,
-            announcer=self._announcer, tell=self._tell, accept=self._accept,
+            announcers=[one for one in (self._hints, self._announcer) if one is not None],
+            tell=self._tell, accept=self._accept,
         )  # fmt: skip
 
     @property

@@ -351,7 +351,10 @@ class Session:
         """Says that it will not be asked again; a second time does nothing."""
         if not self.closed:
             self.closed = True
-            self.asker.announce(Hint("session_end", self._ledger.session_id, self._ledger.n_tokens))
+            mine = self._ledger
+            self.asker.announce(
+                Hint("session_end", mine.session_id, mine.n_tokens, cache_salt=mine.cache_salt)
+            )
 
     def _open(self) -> None:
         if self.closed:

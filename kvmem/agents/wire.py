@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import httpx
 
 __all__ = ["Answer", "Retries", "Wire"]
+
+log = logging.getLogger("kvmem.agents")
 
 COMPLETIONS = "/v1/completions"
 MODELS = "/v1/models"
@@ -141,6 +144,16 @@ class Wire:
         except httpx.RequestError:
             return ""  # whoever asks has a default
         return response.text if response.status_code == 200 else ""
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> int:
+        """Sends a body once; the answer's status, 0 where there is none."""
+        import httpx
+
+        try:
+            return (await self._client.post(path, json=body)).status_code
+        except httpx.RequestError as error:
+            log.info("%s%s: %s", self.base_url, path, type(error).__name__)
+            return 0
 
     async def complete(
         self, body: Mapping[str, Any], where: Where, *, timeout_s: float | None = None

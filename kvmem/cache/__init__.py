@@ -3,5 +3,6 @@
 from kvmem.cache.cache import Cache, Grant, Part, Reservation
 from kvmem.cache.far import Carrier
 from kvmem.cache.moves import Mover
+from kvmem.cache.sessions import Who
 
-__all__ = ["Cache", "Carrier", "Grant", "Mover", "Part", "Reservation"]
+__all__ = ["Cache", "Carrier", "Grant", "Mover", "Part", "Reservation", "Who"]

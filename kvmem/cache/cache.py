@@ -31,7 +31,9 @@ import numpy.typing as npt
 from kvmem import events
 from kvmem._core import HostTier
 from kvmem.cache.far import Carrier, FarMoves
+from kvmem.cache.keeping import Keeping
 from kvmem.cache.moves import PATIENCE_S, Mover, Moves, Promotion
+from kvmem.cache.sessions import Sessions
 from kvmem.types import GroupShape, Quarantine
 
 __all__ = ["Cache", "Grant", "Part", "Reservation"]
@@ -126,7 +128,7 @@ class Cache:
     Args:
         n_slots: blocks the host tier holds (I7).
         groups: the model's KV-cache groups, in the engine's order.
-        eviction: "s3fifo" or "lru".
+        eviction: "s3fifo", "lru" or "agents".
         bus: where events go.
         mover: the disk below, if there is one.
         carrier: the far store, if there is one.
@@ -148,7 +150,8 @@ class Cache:
         self.groups = tuple(groups)
         # Prompts are resumed between blocks of every group.
         self.align_tokens = math.lcm(*(shape.block_tokens for shape in self.groups))
-        self._tier = HostTier(n_slots, eviction, keep=min(N_QUARANTINED, n_slots // 16))
+        order = "lru" if eviction == "agents" else eviction
+        self._tier = HostTier(n_slots, order, keep=min(N_QUARANTINED, n_slots // 16))
         self._quarantined: deque[Quarantine] = deque(maxlen=N_QUARANTINED)
         # Told of the keys of blocks that were evicted, 32 bytes each: from which tier, for whom.
         self.on_evicted: Callable[[bytes, str, str], None] | None = None
@@ -159,13 +162,30 @@ class Cache:
         self._moves: Moves | None = None
         if mover is not None:
             self._moves = Moves(
-                self._tier, mover, self.groups, self.bus, order=eviction, on_evicted=self._evicted
+                self._tier, mover, self.groups, self.bus, order=order, on_evicted=self._evicted
             )
         self._far: FarMoves | None = None
         if carrier is not None:
             self._far = FarMoves(self._tier, carrier, self.groups, self.bus, clock)
+        # The order "agents", where that is asked for.
+        self.keeping = self._keeping_of(n_slots) if eviction == "agents" else None
+        self.sessions = Sessions(
+            self.keeping, self._tier, self._moves, self.bus, self._clock, eviction
+        )
         # Requests that wait for the disk.
         self._promotions: dict[str, Promotion] = {}
+
+    def _keeping_of(self, n_slots: int) -> Keeping:
+        keeping = Keeping(
+            self._tier, n_slots, self.bus, self._clock, block_tokens=self.groups[0].block_tokens
+        )
+        if len(self.groups) > 1 or not self.groups[0].closed:
+            keeping.switch_off("the model's KV is not one chain of blocks")
+        elif self._moves is not None:
+            keeping.add_disk(self._moves.disk, self._moves.n_records)
+            self._moves.choose = keeping.choose_on_disk
+            self._moves.make_room = keeping.make_room
+        return keeping
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -401,6 +421,8 @@ class Cache:
         if self.groups[group].closed:
             stop = blocks[-1] + 1
             start = self._tier.match(keys[:stop])
+            if self.keeping is not None:
+                self.keeping.make_room(keys, start, stop - start)
             index, slots, generations, reason = self._tier.reserve(keys, start, stop)
             reached = int(index[-1]) + 1 if len(index) else start
             refused = stop - reached if reason else 0
@@ -520,6 +542,8 @@ class Cache:
         held = self._held.pop(request_id, None)
         if held is not None:
             self._let_go(held)
+        if self.keeping is not None:
+            self.keeping.over(request_id)
 
     def _let_go(self, held: _Held) -> None:
         for lease in (*held.chains.values(), *held.single):
@@ -532,6 +556,9 @@ class Cache:
             self._moves.drop()
         if self._far is not None:
             self._far.forget()
+        if self.keeping is not None:
+            self.keeping.dropped()
+            self.sessions.dropped()
         self.bus.emit(events.Cleared(blocks=blocks, reason=reason))
         return blocks
 
@@ -557,6 +584,7 @@ class Cache:
     def settle(self, seconds: float = 0.0) -> None:
         """Takes in moves between the tiers that are over; waits so long at most for those that
         requests wait for."""
+        self.sessions.expire()
         if self._far is not None:
             if seconds and (self._far.waits or (self._moves is None and self._far.n_under_way)):
                 self._far.wait(seconds)
@@ -572,10 +600,12 @@ class Cache:
     def stats(self) -> dict[str, Any]:
         """Counts of slots, blocks, leases and evictions; under "disk" and "far" those of the tiers
         below."""
-        below = {"disk": self._moves.stats()} if self._moves is not None else {}
+        more: dict[str, Any] = {"disk": self._moves.stats()} if self._moves is not None else {}
         if self._far is not None:
-            below["far"] = self._far.stats()
-        return {**self._tier.stats(), **below}
+            more["far"] = self._far.stats()
+        if self.keeping is not None:
+            more["policy"] = {**self.keeping.stats(), **self.sessions.stats()}
+        return {**self._tier.stats(), **more}
 
     def check_integrity(self) -> list[str]:
         """What is broken of I2, I3, I7 and the counts; empty when all holds."""

@@ -140,7 +140,12 @@ class Moves:
         on_evicted: Callable[[bytes, str, str], None] | None = None,
     ) -> None:
         self.disk = HostTier(mover.n_records, order)
+        self.n_records = mover.n_records
         self._on_evicted = on_evicted
+        # Who knows better than the tiers' orders: cuts up to so many blocks from the disk, and says
+        # whose records they were; makes room in the host for blocks of these keys.
+        self.choose: Callable[[int], list[int]] | None = None
+        self.make_room: Callable[[Keys, int, int], None] | None = None
         self._host = host
         self._mover = mover
         self._groups = tuple(groups)
@@ -222,7 +227,8 @@ class Moves:
         lease, stop, slots, generations = self._host.acquire(keys, start, stop, use=False)
         if not lease:
             return
-        self._evict(stop - start - self._mover.room)
+        free = self._mover.room if self.choose is None else min(self._mover.room, self.disk.free())
+        self._evict(stop - start - free)
         index, records, record_generations, reason = self.disk.reserve(keys, start, stop)
         if reason:
             self.totals["refused"] += stop - start - len(index)
@@ -258,7 +264,8 @@ class Moves:
             self._host.release(lease)
 
     def _evict(self, n: int) -> int:
-        gone = self.disk.evict(n).tolist() if n > 0 else []
+        gone = self.choose(n) if self.choose is not None and n > 0 else []
+        gone = gone + (self.disk.evict(n - len(gone)).tolist() if n > len(gone) else [])
         for record in gone:
             self._mover.drop(record)
         return len(gone)
@@ -285,6 +292,8 @@ class Moves:
         lease, stop, records, record_generations = self.disk.acquire(keys, start, stop)
         if not lease:
             return
+        if self.make_room is not None:
+            self.make_room(keys, start, stop - start)
         index, slots, generations, _ = self._host.reserve(keys, start, stop)
         batch = _Batch(down=False, group=group, keys=keys, lease=lease)
         begun = 0

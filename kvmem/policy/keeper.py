@@ -10,19 +10,20 @@ orchestrator says what it waits for, a tool by name, a person, nothing any more,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmem.policy.returns import Class, Returns, bins_of
+from kvmem.policy.returns import N_BINS, Class, Returns, bins_of
 
-__all__ = ["Keeper"]
+__all__ = ["OVER", "Keeper"]
 
 UNKNOWN = "?"
 OVER = "over"  # what a hint says of a conversation that has ended
 MOST_BRANCHES = 65_536  # those not seen for longest are forgotten beyond that
 NEWEST = 0.4  # weight of the last wait in what is a branch's usual one
+RETAINED = 1e3  # hits a second: no wait is worth as much
 PACES = 9  # classes of usual waits: powers of two, of seconds
 
 
@@ -43,9 +44,13 @@ class Keeper:
         self._classes: list[Class] = [()]
         self._number_of: dict[Class, int] = {(): 0}
         self._over = [False]
+        self._tables = np.zeros((64, N_BINS))  # by class and age
         self._agent: list[str | None] = [None] * n
         self._branch_of: dict[str, int] = {}  # by agent
         self._free = list(range(n - 1, -1, -1))
+        self._retained: dict[int, tuple[float, float]] = {}  # by branch: until when, how much
+        # Is told of branches that are no more: their numbers are used again.
+        self.on_forget: Callable[[int], None] | None = None
 
     def used(self, path: Sequence[int], now_s: float, agent: str | None = None) -> int:
         """A prompt that ends with the last of these runs; its branch.
@@ -71,6 +76,12 @@ class Keeper:
             self._sends(agent, branch)
         return branch
 
+    def extended(self, branch: int, run: int) -> None:
+        """The branch ends with this run now, unless another one does; its wait goes on."""
+        if run not in self._branch_at and self._run[branch] >= 0:
+            del self._branch_at[int(self._run[branch])]
+            self._run[branch], self._branch_at[run] = run, branch
+
     def waits(self, branch: int, kind: str, now_s: float) -> None:
         """An orchestrator says what the branch waits for now: any word, or `OVER`.
 
@@ -86,26 +97,47 @@ class Keeper:
             agent, self._agent[branch] = self._agent[branch], None
             if agent is not None and self._branch_of.get(agent) == branch:
                 del self._branch_of[agent]
+            self._retained.pop(branch, None)
             self._free.append(branch)
+            if self.on_forget is not None:
+                self.on_forget(branch)
+
+    def retain(self, branch: int, until_s: float, weight: float) -> None:
+        """The branch stays longer than any that nobody asked for; the heavier ones longest."""
+        self._retained[branch] = (until_s, RETAINED * weight)
+
+    def let_go(self, branch: int) -> bool:
+        """It is worth what its returns say again; whether it was retained."""
+        return self._retained.pop(branch, None) is not None
+
+    def run_of(self, branch: int) -> int:
+        """The run at whose end the branch lies."""
+        return int(self._run[branch])
+
+    def ends_at(self, run: int) -> bool:
+        """Whether some branch lies at the end of this run."""
+        return run in self._branch_at
 
     def worths(self, now_s: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Each branch's run, -1 for no branch, and what a second of it is worth now."""
-        tables = np.stack([self.returns.worth(of) for of in self._classes])
-        tables[self._over] = 0.0
-        worth = tables[self._class, bins_of(now_s - self._since_s)]
+        self._make_tables()
+        worth = self._tables[self._class, bins_of(now_s - self._since_s)]
         worth[self._run < 0] = 0.0
+        for branch, (until_s, more) in list(self._retained.items()):
+            if until_s <= now_s:
+                del self._retained[branch]
+            else:
+                worth[branch] += more
         return self._run, worth
 
     def learn(self, now_s: float) -> None:
         """Takes in how long those have waited that have not come back; now and then is enough."""
         live = np.nonzero(self._run >= 0)[0]
         ages = now_s - self._since_s[live]
-        classes = self._class[live]
-        for number in np.unique(classes).tolist():
-            of = classes == number
-            told, age = self._told_s[live][of], ages[of]
-            self.returns.waited(self._classes[number], told, np.maximum(told, age))
-        self._told_s[live] = np.maximum(self._told_s[live], ages)
+        told = self._told_s[live]
+        ages = np.maximum(told, ages)
+        self.returns.waited_all(self._classes, self._class[live], told, ages)
+        self._told_s[live] = ages
 
     @property
     def n_branches(self) -> int:
@@ -119,6 +151,15 @@ class Keeper:
         self._branch_of[agent], self._agent[branch] = branch, agent
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _make_tables(self) -> None:
+        """What each class is worth by age: those anew that have seen enough since."""
+        while len(self._tables) < len(self._classes):
+            self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
+        for of in [one for one in self.returns.stale if one in self._number_of]:
+            number, worth = self._number_of[of], self.returns.worth(of)
+            self._tables[number] = 0.0 if self._over[number] else worth
+        self.returns.stale.clear()
 
     def _tell(self, branch: int, now_s: float) -> None:
         age = now_s - self._since_s[branch]
@@ -141,6 +182,7 @@ class Keeper:
         pace = min(PACES, max(0, round(float(self._pace[branch])))) if times else -1
         of = self.returns.settle((kind, min(times, 2), pace))
         if of not in self._number_of:
+            self.returns.stale.add(of)
             self._number_of[of] = len(self._classes)
             self._classes.append(of)
             self._over.append(kind == OVER)

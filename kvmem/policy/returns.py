@@ -14,6 +14,9 @@ before it returns, a heavy tail less the longer it lasts; no horizon has to be s
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +27,8 @@ Floats = npt.NDArray[np.float64]
 
 FIRST_S, RATIO, N_BINS = 0.5, 1.35, 48  # the last bin begins at 8 days
 EDGES_S: Floats = np.concatenate([[0.0], FIRST_S * RATIO ** np.arange(N_BINS)])
+_EDGES: list[float] = EDGES_S.tolist()
+_STARTS: Floats = EDGES_S[:-1]
 WIDTHS_S: Floats = np.diff(EDGES_S)
 MOST_CLASSES = 4096
 # Before anything was seen: a tail as heavy as the waits of agents have, 20 seconds' worth of it.
@@ -47,30 +52,50 @@ class Returns:
 
     def __init__(self) -> None:
         self._seen: dict[Class, _Seen] = {(): _Seen()}
+        self.stale: set[Class] = set()  # classes whose worth is another by now
 
     def settle(self, of: Class) -> Class:
         """The class itself, or what is known of it where there are too many."""
         while of not in self._seen and len(self._seen) >= MOST_CLASSES:
             of = of[:-1]
         for n in range(len(of) + 1):
-            self._seen.setdefault(of[:n], _Seen())
+            if of[:n] not in self._seen:
+                self._seen[of[:n]] = _Seen()
+                self.stale.add(of[:n])
         return of
 
-    def waited(self, of: Class, from_s: float | Floats, to_s: float | Floats) -> None:
-        """Some of this class were waited for, each from one age to another, no lesser one."""
-        spent = _spent(to_s) - _spent(from_s)
+    def waited(self, of: Class, from_s: float, to_s: float) -> None:
+        """One of this class was waited for, from one age to another, no lesser one."""
+        spent = _spent(to_s)
+        self._add(of, spent - _spent(from_s) if from_s > 0 else spent, 1)
+
+    def waited_all(
+        self, of: Sequence[Class], which: npt.NDArray[np.int64], from_s: Floats, to_s: Floats
+    ) -> None:
+        """As `waited`, for many at once: the i-th is of the class of[which[i]]."""
+        spent = _spent_by(which, to_s, len(of)) - _spent_by(which, from_s, len(of))
+        counts = np.bincount(which, minlength=len(of))
+        for number in np.nonzero(counts)[0].tolist():
+            self._add(of[number], spent[number], int(counts[number]))
+
+    def _add(self, of: Class, spent: Floats, count: int) -> None:
         for n in range(len(of) + 1):
             seen = self._seen[of[:n]]
             seen.seconds += spent
-            seen.n += np.size(to_s)
+            self._count(of[:n], seen, count)
+
+    def _count(self, of: Class, seen: _Seen, count: int) -> None:
+        seen.n += count
+        if seen.n > STALE * seen.table_n + 4:
+            self.stale.add(of)
 
     def returned(self, of: Class, age_s: float) -> None:
         """It came back at this age."""
-        at = int(bins_of(np.array([age_s]))[0])
+        at = min(N_BINS - 1, max(0, bisect.bisect_right(_EDGES, age_s) - 1))
         for n in range(len(of) + 1):
             seen = self._seen[of[:n]]
             seen.returns[at] += 1
-            seen.n += 1
+            self._count(of[:n], seen, 1)
 
     def hazard(self, of: Class) -> Floats:
         """Returns a second in each bin of age."""
@@ -85,13 +110,25 @@ class Returns:
         seen = self._seen[of]
         if seen.table is None or seen.n > STALE * seen.table_n + 4:
             seen.table, seen.table_n = gittins(self.hazard(of)), seen.n
+        self.stale.discard(of)
         return seen.table
 
 
-def _spent(ages_s: float | Floats) -> Floats:
-    """Seconds in each bin on the way to these ages, together."""
-    ages = np.atleast_1d(ages_s)[:, None]
-    spent: Floats = np.clip(ages - EDGES_S[:-1], 0, WIDTHS_S).sum(0)
+def _spent(age_s: float) -> Floats:
+    """Seconds in each bin on the way to this age."""
+    spent: Floats = np.minimum(np.maximum(age_s - _STARTS, 0.0), WIDTHS_S)
+    return spent
+
+
+def _spent_by(which: npt.NDArray[np.int64], ages_s: Floats, n: int) -> Floats:
+    """The same of many ages, together by their number in [0, n)."""
+    at = bins_of(ages_s)
+    cells = which * N_BINS + at
+    ended = np.bincount(cells, minlength=n * N_BINS).reshape(n, N_BINS)
+    inside = np.minimum(ages_s - EDGES_S[at], WIDTHS_S[at])
+    part = np.bincount(cells, inside, minlength=n * N_BINS).reshape(n, N_BINS)
+    passed = ended[:, ::-1].cumsum(1)[:, ::-1] - ended  # those that ended in a later bin
+    spent: Floats = part + passed * WIDTHS_S
     return spent
 
 

@@ -18,6 +18,7 @@ def served(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     command = [
         sys.executable, "-m", "kvmem.cli", "serve", smollm2,
         "--kvmem-host-gb", "0.25", "--kvmem-arena", f"served-{os.getpid()}",
+        "--kvmem-eviction", "agents",
         "--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", "4096",
         "--num-gpu-blocks-override", "512", "--enforce-eager", "--served-model-name", "smol",
         "--enable-prompt-tokens-details", "--enable-auto-tool-choice",
@@ -26,6 +27,7 @@ def served(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     ]  # fmt: skip
     environ = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
     }
     log = tmp_path_factory.mktemp("served") / "log"

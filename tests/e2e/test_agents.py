@@ -144,6 +144,53 @@ def test_a_tool_is_called_by_its_schema_and_its_start_and_end_are_announced(play
     play(work, announcer=Ear())
 
 
+def test_a_hinted_sessions_blocks_survive_a_crowd_and_a_dead_ones_are_gone(
+    play: Any, server: Server
+) -> None:
+    """The host has 170-odd blocks of 32 tokens: the crowd alone fills it."""
+    prompts: dict[str, list[int]] = {}
+
+    async def work(runtime: Runtime) -> None:
+        for name in ("alive", "dead"):
+            one = runtime.session(f"hint-{name}", system=f"{name}: " + SYSTEM * 30)
+            await one.step("Where to?")
+            prompts[name] = one.ledger.tokens()
+            if name == "dead":
+                one.close()  # the runtime tells the engine
+
+    play(work)
+    with httpx.Client(base_url=server.url, timeout=300) as http:
+
+        def ask(ids: list[int], **more: Any) -> Any:
+            body = {"model": "smol", "prompt": ids, "max_tokens": 8, "temperature": 0, **more}
+            return http.post("/v1/completions", json=body).raise_for_status().json()
+
+        def tokens(told: Any) -> dict[str, int]:
+            return told["kv_transfer_params"]["kvmem"]["tokens"]
+
+        asked = {"do": "retain", "session": "hint-alive", "for_s": 600}
+        told = http.post("/v1/kvmem/hints", json={"version": 1, "actions": [asked]}).json()
+        (receipt,) = told["receipts"]
+        assert receipt["status"] == "accepted"
+        assert receipt["blocks"] >= len(prompts["alive"]) // BLOCK - 1
+        for i in range(2):
+            ask([7 + i, *range(1000 * i + 100, 1000 * i + 3100)], max_tokens=1)
+        assert http.post("/reset_prefix_cache").status_code == 200
+        follow = [*prompts["alive"], *prompts["alive"][40:60]]
+        hit = ask(follow, session_id="hint-alive")
+        assert tokens(hit)["host"] >= whole(len(prompts["alive"]) - 1)
+        assert tokens(hit)["device"] == 0
+        assert tokens(ask(prompts["dead"]))["host"] == 0
+        assert http.post("/reset_prefix_cache").status_code == 200
+        cold = ask(follow, kv_transfer_params={"kvmem": {"load": False}})
+        assert tokens(cold)["computed"] == len(follow)
+        assert hit["choices"][0]["text"] == cold["choices"][0]["text"]
+        told = http.get("/v1/kvmem/receipts").json()["receipts"]
+        done = {(one["do"], one["session"], one["status"]) for one in told}
+        assert ("session_end", "hint-dead", "accepted") in done
+        assert ("retain", "hint-alive", "accepted") in done
+
+
 def test_a_fork_finds_its_past_and_a_spawn_only_the_head(play: Any) -> None:
     lines: list[str] = []
 

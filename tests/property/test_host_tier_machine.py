@@ -185,6 +185,32 @@ class HostTierMachine(RuleBasedStateMachine):
         batch = self._reserve(prompt, 0, stop)
         self._report(batch, list(range(len(batch.keys))), publish=True)
 
+    @rule(prompt=prompts, first=depths, more=depths, n=st.integers(0, DEPTH + 1))
+    def cut(self, prompt: list[bytes], first: int, more: int, n: int) -> None:
+        """Somebody else than the order chooses: only the end of a piece goes, leaf by leaf."""
+        piece = prompt[first : first + more]
+        wanted = []
+        while len(wanted) < n:
+            at = len([key for key in piece if key in self.published]) - 1 - len(wanted)
+            if at < 0 or piece[at] not in self._evictable_but(wanted):
+                break
+            wanted.append(piece[at])
+        slots_of = [self.published[key][0] for key in wanted]
+        here = sum(key in self.published for key in piece)
+        present, slots = self.tier.cut(piece, n)
+        assert (present, slots.tolist()) == (here, slots_of)
+        self._forget(wanted, "evicted")
+
+    def _evictable_but(self, gone: list[bytes]) -> list[bytes]:
+        """As if these had left already."""
+        parents = {PARENT[key] for key in (*self.published, *self.pending) if key not in gone}
+        held = self._held()
+        return [
+            key
+            for key, (slot, _) in self.published.items()
+            if key not in gone and key not in parents and slot not in held
+        ]
+
     @rule(target=batches, prompt=prompts, start=depths, more=depths)
     def reserve(self, prompt: list[bytes], start: int, more: int) -> Batch:
         return self._reserve(prompt, start, min(DEPTH, start + more))

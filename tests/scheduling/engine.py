@@ -297,7 +297,7 @@ class Engine:
         prompt: list[int],
         n_tokens: int = 1,
         *,
-        kvmem: dict[str, bool] | None = None,
+        kvmem: dict[str, Any] | None = None,
         salt: str | None = None,
         session: str | None = None,
         stop: bool = False,

@@ -6,6 +6,8 @@ must hold, and that the machine got to where things go wrong.
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -22,6 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvmem.engines.vllm.hinting import METHOD
 from tests.scheduling.engine import GROUPS, MAX_TOKENS, Engine
 
 pytestmark = pytest.mark.engine
@@ -39,6 +42,16 @@ PROMPTS = [
     *[root + branch for root in _ROOTS for branch in _BRANCHES],
     _ROOTS[0] + _BRANCHES[0] + _BRANCHES[1],
     _ROOTS[0] + _BRANCHES[1] + _BRANCHES[0],
+]
+HINTS: list[dict[str, Any]] = [
+    {"do": "pin", "for_s": 60.0},
+    {"do": "retain", "for_s": 60.0},
+    {"do": "release"},
+    {"do": "session_end"},
+    {"do": "supersede"},
+    {"do": "tool_started", "tool": "ls"},
+    {"do": "tool_ended", "tool": "ls"},
+    {"do": "pin", "for_s": "for ever"},
 ]
 HOOKS = [
     ("half", "on_new_request"),
@@ -68,7 +81,10 @@ class StepsMachine(RuleBasedStateMachine):
     faults = False
     groups = "full"
 
-    @initialize(eviction=st.sampled_from(["s3fifo", "lru"]), n_host=st.sampled_from([9, 20]))
+    @initialize(
+        eviction=st.sampled_from(["agents", "agents", "s3fifo", "lru"]),
+        n_host=st.sampled_from([9, 20]),
+    )
     def start(self, eviction: str, n_host: int) -> None:
         self.engine = Engine(
             self.config,
@@ -88,19 +104,40 @@ class StepsMachine(RuleBasedStateMachine):
         stop=st.booleans(),
         salt=st.sampled_from([None, None, None, "a"]),
         skip_reading=st.sampled_from([None, None, None, True]),
+        session=st.sampled_from([None, "s", "t"]),
+        hint=st.sampled_from([None, *HINTS]),
     )
     def add(
         self, at: int, n_tokens: int, load: bool, store: bool, stop: bool, salt: str | None,
-        skip_reading: bool | None,
+        skip_reading: bool | None, session: str | None, hint: dict[str, Any] | None,
     ) -> None:  # fmt: skip
         self.engine.add(
             PROMPTS[at],
             n_tokens,
-            kvmem={"load": load, "store": store},
+            kvmem={
+                "load": load,
+                "store": store,
+                **({"hints": {"version": 1, "actions": [hint]}} if hint else {}),
+            },
+            session=session if self._has_sessions() else None,
             stop=stop,
             salt=salt,
             skip_reading=skip_reading,
         )
+
+    @staticmethod
+    def _has_sessions() -> bool:
+        from vllm.v1.request import Request
+
+        return "session_id" in inspect.signature(Request).parameters
+
+    @rule(hint=st.sampled_from(HINTS), session=st.sampled_from(["s", "t"]))
+    def hint(self, hint: dict[str, Any], session: str) -> None:
+        """An orchestrator says something of a session, between requests."""
+        envelope = {"version": 1, "actions": [{**hint, "session": session}]}
+        told = getattr(self.engine.core, METHOD)(json.dumps({"envelope": envelope}))
+        for receipt in json.loads(told)["receipts"]:
+            self.seen[f"hints {receipt['status']}"] += 1
 
     @rule(at=st.integers(0, 7), extra=st.sampled_from([1, 12, 27]), n_tokens=st.integers(1, 33))
     def follow_up(self, at: int, extra: int, n_tokens: int) -> None:
@@ -201,6 +238,11 @@ class StepsMachine(RuleBasedStateMachine):
             if engine.faulted:  # what was lost is given back once a store is acknowledged
                 engine.mend()
                 engine.generate(_segment(len(engine.turns) + 50, 40))
+            keeping = engine.half.cache.keeping
+            if keeping is not None and self.groups == "full":
+                assert not keeping.off
+                self.seen["blocks cut"] += keeping.room.n_cut
+            engine.half.cache.sessions.dropped()  # pins hold what they hold
             engine.assert_settled()
             self._count()
         finally:
@@ -255,7 +297,8 @@ def test_any_order_of_events_reads_right_and_leaves_nothing(
     faults: bool,
 ) -> None:
     seen: Counter[str] = Counter()
-    must = [*MUST, *(["kept"] if asynchronous else []), *(["failures"] if faults else [])]
+    must = [*MUST, *(["blocks cut", "hints accepted"] if groups == "full" else [])]
+    must += [*(["kept"] if asynchronous else []), *(["failures"] if faults else [])]
     # Examples are derandomised by the machine's name: another name, other examples. Most often one
     # lot reaches everything that must have happened, or the run would prove nothing.
     for lot in range(LOTS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -288,3 +289,83 @@ def test_a_setting_that_is_wrong_is_no_arena(arena_name: str) -> None:
 
     with pytest.raises(ConfigError, match="hots_gb"):
         arenas_of(transfer("one", hots_gb=3))  # type: ignore[arg-type]
+
+
+# -- hints ----------------------------------------------------------------------------------------
+
+HINTS, RECEIPTS = "/v1/kvmem/hints", "/v1/kvmem/receipts"
+
+
+class Core:
+    """Stands for vLLM's client of the engine's process."""
+
+    def __init__(self, told: Any = '{"receipts":[]}') -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.told = told
+
+    async def call_utility_async(self, method: str, text: str) -> str:
+        self.asked.append((method, json.loads(text)))
+        if isinstance(self.told, Exception):
+            raise self.told
+        return self.told
+
+
+def hints_server(core: Any) -> Any:
+    client = server(None)
+    client.app.state.kvmem_core = core
+    return client
+
+
+def test_an_envelope_goes_to_the_engine_and_its_receipts_come_back() -> None:
+    core = Core('{"receipts":[{"do":"release","status":"missing"}]}')
+    client = hints_server(core)
+    actions = [{"do": "release", "session": "s"}]
+    told = client.post(HINTS, json={"version": 1, "actions": actions, "cache_salt": "mine"})
+    assert told.json() == {"receipts": [{"do": "release", "status": "missing"}]}
+    assert client.get(RECEIPTS, params={"cache_salt": "mine"}).status_code == 200
+    assert core.asked == [
+        ("kvmem_hints", {"envelope": {"version": 1, "actions": actions}, "cache_salt": "mine"}),
+        ("kvmem_hints", {"cache_salt": "mine"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"{", {}, 400),
+        (b"[]", {}, 400),
+        (b'{"actions": []}', {}, 400),
+        (b'{"version": 1, "actions": [], "more": 1}', {}, 400),
+        (b'{"version": 1, "actions": []}', {"Content-Type": "text/plain"}, 415),
+        (b'{"version": 1, "actions": ["' + b"x" * 70_000 + b'"]}', {}, 413),
+        (b'{"version": 1, "actions": []}', {"Authorization": "Bearer guess"}, 401),
+    ],
+)
+def test_what_is_no_envelope_does_not_reach_the_engine(
+    content: bytes, headers: dict[str, str], status: int
+) -> None:
+    core = Core()
+    sent = {"Content-Type": "application/json", **headers}
+    assert hints_server(core).post(HINTS, content=content, headers=sent).status_code == status
+    assert core.asked == []
+
+
+@pytest.mark.parametrize(
+    ("core", "status"),
+    [(None, 503), (object(), 503), (Core("{}"), 503), (Core(RuntimeError("dead")), 503)],
+)
+def test_an_engine_that_takes_no_hints_is_told(core: Any, status: int) -> None:
+    client = hints_server(core)
+    told = client.post(HINTS, json={"version": 1, "actions": []})
+    assert (told.status_code, told.json()["error"]["code"]) == (status, status)
+
+
+def test_a_flood_is_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core()
+    client = hints_server(core)
+    client.app.state.kvmem_asked = 64
+    assert client.post(HINTS, json={"version": 1, "actions": []}).status_code == 429
+    assert core.asked == []
+    client.app.state.kvmem_asked = 0
+    assert client.post(HINTS, json={"version": 1, "actions": []}).status_code == 200
+    assert client.app.state.kvmem_asked == 0

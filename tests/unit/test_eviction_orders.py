@@ -123,6 +123,43 @@ def test_index_takes_at_most_64_bytes_a_block_besides_the_key(order: str, n_slot
     assert stats["bytes_per_block"] + stats["side_bytes_per_block"] <= 64
 
 
+# --- a piece that somebody else chose ---
+
+
+def test_a_cut_takes_the_end_of_a_piece_and_nothing_that_is_held(tier: HostTier) -> None:
+    a = chain("a", 8)
+    put(tier, a)
+    present, slots = tier.cut(a[2:6], 9)
+    assert (present, len(slots)) == (4, 0)  # blocks hang below it
+    present, slots = tier.cut(a[5:], 2)
+    assert (present, len(slots), tier.match(a)) == (3, 2, 6)
+    assert [tier.why(key) for key in a[5:]] == ["published", "evicted", "evicted"]
+    lease, *_ = tier.acquire(a, 0, 4, use=False)
+    assert (len(tier.cut(a, 99)[1]), tier.match(a)) == (2, 4)  # I3
+    tier.release(lease)
+    assert (tier.free(), sound(tier)) == (6, True)
+    assert (len(tier.cut(a, 99)[1]), tier.cut(a, 1)[0], tier.free()) == (4, 0, 10)
+    assert sound(tier)
+
+
+def test_keys_that_are_no_chain_cut_no_more_than_their_last(tier: HostTier) -> None:
+    a, b = chain("a", 4), chain("b", 4)
+    put(tier, a)
+    put(tier, b)
+    assert len(tier.cut([*a[:2], b[3]], 9)[1]) == 1
+    assert (tier.match(a), tier.match(b), sound(tier)) == (4, 3, True)
+
+
+def test_lru_knows_a_parent_whose_child_was_cut_by_the_childs_last_use() -> None:
+    tier = HostTier(10, "lru")
+    a, b = chain("a", 5), chain("b", 4)
+    put(tier, b)
+    put(tier, a)
+    tier.cut(a, 1)
+    put(tier, chain("c", 4))
+    assert (tier.match(a), tier.match(b)) == (4, 2)
+
+
 # --- LRU ---
 
 

@@ -106,6 +106,21 @@ def test_a_named_session_says_what_broke_it(
     assert one.engine.bodies[-1]["session_id"] == "s"
 
 
+def test_hints_in_a_header_go_where_the_engine_takes_them(start: Start) -> None:
+    one = start()
+    headers = {"X-Session-ID": "s", "X-Agent-Hint": "retain; for_s=60, session_end"}
+    messages = [SYSTEM, {"role": "user", "content": "a"}]
+    ask(one, messages, extra_headers=headers)
+    body = one.engine.bodies[-1]
+    assert body["session_id"] == "s"
+    assert body["kv_transfer_params"]["kvmem"]["hints"] == {
+        "version": 1, "actions": [{"do": "retain", "for_s": 60}, {"do": "session_end"}],
+    }  # fmt: skip
+    mine = {"kvmem": {"hints": {"version": 1, "actions": []}, "load": False}}
+    ask(one, messages, extra_headers=headers, extra_body={"kv_transfer_params": mine})
+    assert one.engine.bodies[-1]["kv_transfer_params"]["kvmem"] == mine["kvmem"]
+
+
 def test_the_same_request_again_is_no_miss(start: Start) -> None:
     one = start()
     messages = [SYSTEM, {"role": "user", "content": "a"}]

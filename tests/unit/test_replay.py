@@ -17,9 +17,8 @@ from kvmem.errors import ConfigError
 from kvmem.explain.replay import ORDERS, Forest, Prefill, Prompt, play
 from kvmem.explain.replay.arrange import arrange, at_once
 from kvmem.explain.replay.orders import Kvmem, make_order
-from kvmem.explain.replay.room import Room
 from kvmem.explain.replay.traces import read_trace
-from kvmem.policy import Duel, Keeper
+from kvmem.policy import Duel, Keeper, Room
 
 
 def conversations(

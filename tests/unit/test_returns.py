@@ -84,7 +84,8 @@ def test_seconds_are_counted_once_in_their_bins() -> None:
     of = returns.settle(("a",))
     returns.waited(of, 0.0, 10.0)
     returns.waited(of, 10.0, 25.0)
-    returns.waited(of, np.array([25.0, 0.0]), np.array([25.0, 0.0]))  # nothing
+    nothing = np.array([25.0, 0.0])
+    returns.waited_all([of], np.array([0, 0]), nothing, nothing)
     assert returns._seen[of].seconds.sum() == pytest.approx(25.0)
     assert returns._seen[()].seconds.sum() == pytest.approx(25.0)
     assert returns._seen[of].seconds[0] == pytest.approx(0.5)

@@ -23,6 +23,7 @@ from kvmem.agents.gateway.settings import Settings
 from kvmem.agents.gateway.turn import Turn, Wish
 from kvmem.agents.gateway.wire import UpstreamGone, UpstreamSilent
 from kvmem.errors import EngineError, KVMemError
+from kvmem.hints import of_header
 
 __all__ = ["Dialect", "Gateway"]
 
@@ -255,6 +256,7 @@ class Gateway:
             exchange.close()
 
     async def _ask(self, request: Request, body: dict[str, Any], wish: Wish) -> Exchange:
+        _take_hint(request, body)
         headers = self._headers(request)
         model = await self.models.get(body["model"], headers)
         turn = Turn(body, model, wish)
@@ -345,6 +347,17 @@ def _name(request: Request, body: Mapping[str, Any]) -> tuple[str, str]:
         if isinstance(given, str) and given:
             return given, by
     return "", "prefix"
+
+
+def _take_hint(request: Request, body: dict[str, Any]) -> None:
+    """Puts an X-Agent-Hint header where the engine takes hints; the body's own come first."""
+    header = request.headers.get("x-agent-hint")
+    given = body.get("kv_transfer_params") or {}
+    if not header or not isinstance(given, dict):
+        return
+    ours = given.get("kvmem") or {}
+    if isinstance(ours, dict) and "hints" not in ours:
+        body["kv_transfer_params"] = {**given, "kvmem": {**ours, "hints": of_header(header)}}
 
 
 def _is_sound(body: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""kvmem's routes on vLLM's own server.
+"""kvmem's routes on vLLM's own server; beside them those of `hints_endpoint`.
 
     GET  /v1/kvmem/switch                        {"loads": true, "stores": true}
     POST /v1/kvmem/switch {"loads": false}       the same, as it then stands; the rest stays
@@ -6,8 +6,8 @@
     GET  /v1/kvmem/metrics                       kvmem's metrics as they are now, for Prometheus
 
 A `vllm.endpoint_plugins` entry point: vLLM adds the routes where VLLM_PLUGINS names it, as
-`kvmem serve` does. The path lies below /v1, which vLLM's --api-key guards. This is the one module
-beside those that serve HTTP themselves which imports a web framework: the server is vLLM's.
+`kvmem serve` does. The path lies below /v1, which vLLM's --api-key guards. Beside those that serve
+HTTP themselves only these two modules import a web framework: the server is vLLM's.
 A quote's messages are rendered by the server's own /tokenize, so they become the ids that a chat
 completion would.
 """
@@ -26,7 +26,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from starlette.responses import JSONResponse, Response
 
+from kvmem.engines.vllm import hints_endpoint
 from kvmem.engines.vllm.arenas import arenas_of
+from kvmem.engines.vllm.hints_endpoint import error as _error
 from kvmem.engines.vllm.plugin import ENDPOINT_NAME
 from kvmem.errors import KVMemError
 from kvmem.store import Switch, read_switch, set_switch
@@ -63,6 +65,7 @@ class SwitchEndpoint:
         app.add_api_route(PATH, _post, methods=["POST"], response_model=None)
         app.add_api_route(QUOTE_PATH, _quote, methods=["POST"], response_model=None)
         app.add_api_route(METRICS_PATH, _metrics, methods=["GET"], response_model=None)
+        hints_endpoint.attach(app)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -72,6 +75,7 @@ class SwitchEndpoint:
         state.kvmem_transfer = config.kv_transfer_config if config is not None else None
         names = getattr(args, "served_model_name", None) or [getattr(args, "model", None)]
         state.kvmem_models = frozenset(names)
+        state.kvmem_core = getattr(engine_client, "engine_core", None)
 
 
 class _Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -201,10 +205,3 @@ async def _metrics(request: Request) -> Response:
 
     return await run_in_threadpool(answer)
 
-
-def _error(code: int, message: str, param: str | None = None) -> JSONResponse:
-    """In the shape of vLLM's own errors."""
-    kind = "BadRequestError" if code < 500 else "ServiceUnavailableError"
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": param, "code": code}}, code
-    )

@@ -1,6 +1,7 @@
 """What a request may ask of kvmem, and what it is told.
 
-In:  `kv_transfer_params = {"kvmem": {"load": false, "store": false}}`; both default to on.
+In:  `kv_transfer_params = {"kvmem": {"load": false, "store": false}}`; both default to on. `hints`
+     is an envelope of `kvmem.hints`.
 Out: `kv_transfer_params["kvmem"]` of the response, see `Receipt.finish`.
 """
 
@@ -14,6 +15,7 @@ import msgspec
 
 from kvmem.config import Config
 from kvmem.explain.misses.outline import Outline
+from kvmem.hints import Hints, read_hints
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -25,20 +27,22 @@ class _Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load: bool = True
     store: bool = True
     outline: str = ""
+    hints: Any = None
 
 
 class Wishes(msgspec.Struct, frozen=True):
     """What this request allows; a malformed wish is told in the receipt and changes nothing.
 
     `load_off` and `store_off` say who forbids it: "setting", "request", or None for nobody.
-    `outline` says what the prompt is made of (`kvmem.explain.misses.outline`), where a ledger sent
-    it along.
+    `hints` are what it asks of its session; `outline` says what the prompt is made of
+    (`kvmem.explain.misses.outline`), where a ledger sent it along.
     """
 
     load_off: str | None
     store_off: str | None
     error: str | None = None
     outline: Outline | None = None
+    hints: Hints | None = None
 
     @property
     def load(self) -> bool:
@@ -67,6 +71,7 @@ class Wishes(msgspec.Struct, frozen=True):
             store_off=_off_by(config.store, asked.store),
             error=error,
             outline=outline,
+            hints=read_hints(asked.hints) if asked.hints is not None else None,
         )
 
 

@@ -18,6 +18,7 @@ from kvmem.config import Config
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.arenas import make_arena, open_tiers
 from kvmem.engines.vllm.geometry import geometry_of
+from kvmem.engines.vllm.hinting import Hinting, install
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.misses import Misses
 from kvmem.engines.vllm.namespace import namespace_of
@@ -100,6 +101,8 @@ class SchedulerHalf:
         self.live = Live(self, vllm_config)
         self.misses = Misses(self, getattr(model, "tokenizer", None))
         self.telemetry = Telemetry(self, vllm_config, event_log)
+        self.hinting = Hinting(self)
+        install()
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -218,6 +221,7 @@ class SchedulerHalf:
             reason = "load_failed" if seen.load_failed else "load_off"
             self.misses.looked_up(seen, start, start, self._reach(request), off=off, missing=reason)
             seen.receipt.matched(request, start, start, reason, off)
+            self.hinting.matched(seen)
             return 0, False
         self._take_scrubbed()
         grant = self.cache.acquire(
@@ -241,6 +245,7 @@ class SchedulerHalf:
             from_disk=grant.from_disk, from_far=grant.from_far,
         )  # fmt: skip
         seen.receipt.disk_ms, seen.receipt.far_ms = grant.disk_s * 1e3, grant.far_s * 1e3
+        self.hinting.matched(seen)
         return (grant.stop - start, True) if grant.stop > start else (0, False)
 
     def _reach(self, request: Request) -> int:
@@ -537,6 +542,9 @@ class SchedulerHalf:
         runs = self.misses.finished(seen)
         if runs is not None:
             receipt["misses"] = runs
+        hinted = self.hinting.finished(seen)
+        if hinted is not None:
+            receipt["hints"] = hinted
         aborted = str(request.get_finished_reason()) in ("abort", "error")
         may = not (aborted or seen.loading or seen.stale) and seen.wishes.store
         keep = may and self.storing.has_more(seen, tables)

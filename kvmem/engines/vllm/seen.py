@@ -10,6 +10,7 @@ from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.receipt import Receipt, Wishes
 from kvmem.engines.vllm.wire import Ids, Words
 from kvmem.explain.misses.explainer import Case
+from kvmem.hints import Receipt as HintReceipt
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -27,8 +28,9 @@ class Seen:
     request's adapter, as `Live.admit` settled it. `shadowed`: it is computed although it is stored.
     `approximate`: its salt is of those that may be answered approximately (I10). `load_began`: how
     often it had been preempted when its load was allocated. `bad_load`: what failed was a check of
-    its load. `case` is why what is missing of it is missing. `began_s`: when it came, in seconds
-    since 1970.
+    its load. `hinted`: the policy was told of it; `branch` is what it knows it by, `hint_receipts`
+    what became of the hints that came with it. `case` is why what is missing of it is missing.
+    `began_s`: when it came, in seconds since 1970.
     """
 
     request: Request
@@ -50,6 +52,9 @@ class Seen:
     adapter: bytes = b""
     case: Case | None = None
     began_s: float = 0.0
+    hinted: bool = False
+    branch: Any = None
+    hint_receipts: list[HintReceipt] = field(default_factory=list)
 
     def forget_stored(self) -> None:
         """The engine begins the request anew."""

@@ -13,23 +13,17 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from kvmem.explain.replay.forest import Forest
-from kvmem.explain.replay.room import Room
-from kvmem.policy import Duel, Keeper
+from kvmem.policy import Agents, Duel, Lru, Room
 
 __all__ = ["ORDERS", "Order", "make_order"]
 
 NEVER = 1 << 62
 TTL_S = 300.0
 SMALL = 10  # S3-FIFO's share of the small queue: a tenth
-LEARN_EVERY = 32  # prompts
-SPARE = 512  # that share of the room more is made at once, so that worths are not asked each time
 
 
 class Order(Protocol):
@@ -55,57 +49,37 @@ class _Plain:
         """Nothing is made of it."""
 
 
-class Lru(_Plain):
+class LeastRecent(_Plain):
     """See the module."""
 
-    def __init__(self, room: Room, leaves: Iterable[int] = ()) -> None:
+    def __init__(self, room: Room) -> None:
         super().__init__(room)
-        self._heap = [(float(room.last[run]), run) for run in leaves]
-        heapq.heapify(self._heap)
+        self._lru = Lru(room)
 
     def used(self, prompt: int, path: tuple[int, ...], hits: int, now_s: float, agent: str) -> None:
         """Its leaf is the newest."""
-        if path[-1] in self.room.leaves:
-            heapq.heappush(self._heap, (now_s, path[-1]))
+        self._lru.used(path, now_s)
 
     def make_room(self, now_s: float) -> None:
         """Cuts the oldest leaves."""
-        self._cut(self.room.capacity)
-
-    def _cut(self, to: int, before_s: float = float("inf")) -> None:
-        room, heap = self.room, self._heap
-        while room.used > to and heap:
-            stamp, run = heap[0]
-            if stamp >= before_s:
-                return
-            heapq.heappop(heap)
-            if run not in room.leaves:
-                continue
-            if room.last[run] != stamp:  # used since, as part of a longer prompt
-                heapq.heappush(heap, (room.last[run], run))
-                continue
-            above = room.cut(run, room.used - to)
-            if room.here[run]:
-                heapq.heappush(heap, (stamp, run))
-            elif above is not None:
-                heapq.heappush(heap, (room.last[above], above))
+        self._lru.make_room()
 
 
-class Ttl(Lru):
+class Ttl(LeastRecent):
     """See the module."""
 
     def make_room(self, now_s: float) -> None:
         """Cuts what is too old, then the oldest."""
-        self._cut(0, now_s - TTL_S)
-        self._cut(self.room.capacity)
+        self._lru.cut(0, now_s - TTL_S)
+        self._lru.make_room()
 
 
 class Belady(_Plain):
     """See the module."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, forest: Forest) -> None:
         super().__init__(room)
-        self._uses = room.forest.next_uses()
+        self._uses = forest.next_uses()
         self._at = [0] * len(self._uses)
         self._heap: list[tuple[int, int]] = []
         self._now = 0
@@ -297,97 +271,32 @@ class Arc(_Plain):
 
 
 class Kvmem:
-    """See the module: `Keeper`'s worths, and LRU where a duel says that it does better."""
+    """See the module: the policy as the engine has it, over the runs of a trace."""
 
     def __init__(self, room: Room, *, hints: bool) -> None:
         self.room, self.hints = room, hints
-        self.keeper, self.duel = Keeper(), Duel()
-        self._lru_room = Room(room.forest, room.capacity)
-        self._lru = Lru(self._lru_room)
-        self._real_lru = Lru(room)
-        self._keeper_room = room  # the same until then
-        self._n = 0
-        self._parents = np.array([*room.forest.parents, -1], np.int64)
-        self._ends: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+        self.agents = Agents(room)
         self._branch_of: dict[int, int] = {}
+
+    @property
+    def duel(self) -> Duel:
+        """Whether LRU leads."""
+        return self.agents.duel
 
     def used(self, prompt: int, path: tuple[int, ...], hits: int, now_s: float, agent: str) -> None:
         """Plays it in the shadows, too."""
-        self._branch_of[prompt] = self.keeper.used(
-            path, now_s, agent or None if self.hints else None
-        )
-        asked = sum(self.room.forest.sizes[run] for run in path)
-        shadow = self._keeper_room
-        first = hits if shadow is self.room else shadow.hits(path)
-        second = self._lru_room.hits(path)
-        self._lru_room.fill(path, now_s)
-        self._lru.used(prompt, path, second, now_s, agent)
-        self._lru.make_room(now_s)
-        if shadow is not self.room:
-            shadow.fill(path, now_s)
-            self._make(shadow, now_s)
-        before = self.duel.second
-        self.duel.played(asked, first, second)
-        if self.duel.second and not before:
-            if shadow is self.room:
-                self._keeper_room = self.room.copy()
-            self._real_lru = Lru(self.room, self.room.leaves)
-        elif self.duel.second:
-            self._real_lru.used(prompt, path, hits, now_s, agent)
-        self._n += 1
-        if self._n % LEARN_EVERY == 0:
-            self.keeper.learn(now_s)
+        known = (agent or None) if self.hints else None
+        self._branch_of[prompt] = self.agents.used(path, hits, now_s, known)
 
     def waits(self, prompt: int, kind: str, now_s: float) -> None:
         """What an agent knows by now."""
         branch = self._branch_of.pop(prompt, None)
         if branch is not None and self.hints:
-            self.keeper.waits(branch, kind, now_s)
+            self.agents.waits(branch, kind, now_s)
 
     def make_room(self, now_s: float) -> None:
         """By whoever leads."""
-        if self.duel.second:
-            self._real_lru.make_room(now_s)
-        else:
-            self._make(self.room, now_s)
-
-    def _make(self, room: Room, now_s: float) -> None:
-        if room.used <= room.capacity:
-            return
-        to = room.capacity - room.capacity // SPARE
-        runs, worths = self.keeper.worths(now_s)
-        at = self._standing(room, runs)
-        of = np.bincount(at[at >= 0], worths[at >= 0], minlength=len(room.here))
-        leaves = np.fromiter(room.leaves, np.int64, len(room.leaves))
-        order = leaves[np.lexsort((room.last[leaves], of[leaves]))].tolist()
-        bare: list[tuple[float, float, int]] = []  # leaves that were none
-        next_leaf = 0
-        while room.used > to and (bare or next_leaf < len(order)):
-            run = order[next_leaf] if next_leaf < len(order) else -1
-            if bare and (run < 0 or bare[0][:2] < (of[run], room.last[run])):
-                run = heapq.heappop(bare)[2]
-            else:
-                next_leaf += 1
-            above = room.cut(run, room.used - to)
-            if room.here[run] == 0 and room.forest.parents[run] >= 0:
-                of[room.forest.parents[run]] += of[run]  # those that were cut ask for it, too
-            if above is not None:
-                heapq.heappush(bare, (float(of[above]), float(room.last[above]), above))
-
-    def _standing(self, room: Room, runs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The run at which each branch's blocks end in the room, -1 for none.
-
-        Once nothing of a branch's run is here it is looked for from where it was found last time
-        on, until a prompt of the branch fills it again.
-        """
-        known_runs, at = self._ends.get(id(room), (runs[:0], runs[:0]))
-        fresh = np.ones(len(runs), bool)
-        fresh[: len(known_runs)] = known_runs != runs[: len(known_runs)]
-        at = np.where(fresh, runs, np.resize(at, len(runs))) if len(at) else runs.copy()
-        while (up := room.empty[at]).any():
-            at[up] = self._parents[at[up]]
-        self._ends[id(room)] = (runs.copy(), at)
-        return at
+        self.agents.make_room(now_s)
 
 
 ORDERS: Sequence[str] = ("lru", "ttl", "s3fifo", "arc", "kvmem", "kvmem_hints", "belady")
@@ -400,7 +309,9 @@ def make_order(name: str, forest: Forest, capacity: int) -> tuple[Room, Order]:
         KeyError: it is not one of `ORDERS`.
     """
     room = Room(forest, capacity)
-    plain = {"lru": Lru, "ttl": Ttl, "s3fifo": S3Fifo, "arc": Arc, "belady": Belady}
+    if name == "belady":
+        return room, Belady(room, forest)
+    plain = {"lru": LeastRecent, "ttl": Ttl, "s3fifo": S3Fifo, "arc": Arc}
     if name in plain:
         return room, plain[name](room)
     return room, Kvmem(room, hints={"kvmem": False, "kvmem_hints": True}[name])
