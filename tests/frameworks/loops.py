@@ -149,9 +149,7 @@ def google_adk(url: str, heard: Heard) -> None:
         runner = InMemoryRunner(agent, app_name="house")
         session = await runner.session_service.create_session(app_name="house", user_id="me")
         message = types.Content(role="user", parts=[types.Part(text=ASK)])
-        async for _ in runner.run_async(
-            user_id="me", session_id=session.id, new_message=message
-        ):
+        async for _ in runner.run_async(user_id="me", session_id=session.id, new_message=message):
             continue
 
     asyncio.run(loop())
@@ -160,8 +158,8 @@ def google_adk(url: str, heard: Heard) -> None:
 def smolagents(url: str, heard: Heard) -> None:
     from smolagents import OpenAIModel, ToolCallingAgent, tool
 
-    model = OpenAIModel("smol", api_base=f"{url}/v1", api_key="none",
-                        client_kwargs={"default_headers": {"X-Session-ID": "smolagents"}})  # fmt: skip
+    named = {"default_headers": {"X-Session-ID": "smolagents"}}
+    model = OpenAIModel("smol", api_base=f"{url}/v1", api_key="none", client_kwargs=named)
     agent = ToolCallingAgent([tool(look)], model, instructions=f"smolagents. {SYSTEM}",
                              max_steps=int(os.environ["TURNS"]) - 1, verbosity_level=0)  # fmt: skip
     agent.run(ASK)

@@ -44,9 +44,7 @@ class KvmemChat(ChatMiddleware):
     def __init__(self, shared: _Shared) -> None:
         self._shared = shared
 
-    async def process(
-        self, context: ChatContext, call_next: Callable[[], Awaitable[None]]
-    ) -> None:
+    async def process(self, context: ChatContext, call_next: Callable[[], Awaitable[None]]) -> None:
         """One request."""
         mine = self._shared.of(context.session)
         options = dict(context.options or {})
