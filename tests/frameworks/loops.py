@@ -127,11 +127,14 @@ def agent_framework(url: str, heard: Heard) -> None:
     async def loop() -> None:
         client = OpenAIChatCompletionClient(model="smol", base_url=f"{url}/v1", api_key="none")
         client.function_invocation_configuration["max_iterations"] = ROOMS
+        kvmem = middleware(heard)
         agent = Agent(
             client=client, instructions=f"agent-framework. {SYSTEM}", tools=[look],
-            middleware=middleware(heard),
+            middleware=[*kvmem],
         )  # fmt: skip
-        await agent.run(ASK, session=agent.create_session(session_id="agent-framework"))
+        session = agent.create_session(session_id="agent-framework")
+        await agent.run(ASK, session=session)
+        kvmem[0].end(session)
 
     asyncio.run(loop())
 

@@ -1,7 +1,7 @@
 """Microsoft's agent-framework: a chat middleware and a function middleware.
 
     agent = Agent(client=OpenAIChatCompletionClient(base_url=f"{gateway}/v1", ...), tools=[...],
-                  middleware=middleware(announcer))
+                  middleware=[*middleware(announcer)])
     await agent.run("Go.", session=agent.create_session())
 
 An `AgentSession` is a session; without one, the name that is given here.
@@ -59,6 +59,10 @@ class KvmemChat(ChatMiddleware):
         if isinstance(context.result, ChatResponse):
             _heard(mine, context.result)
 
+    def end(self, session: Any = None) -> None:
+        """Announces that a session is not asked again."""
+        self._shared.of(session).end()
+
 
 class KvmemTools(FunctionMiddleware):
     """Announces tools."""
@@ -76,7 +80,7 @@ class KvmemTools(FunctionMiddleware):
 
 def middleware(
     announcer: Announcer | None = None, *, session_id: str = ""
-) -> list[ChatMiddleware | FunctionMiddleware]:
+) -> tuple[KvmemChat, KvmemTools]:
     """Both, for an agent's `middleware`.
 
     Args:
@@ -84,7 +88,7 @@ def middleware(
         session_id: of the session, where a run has none.
     """
     shared = _Shared(announcer, session_id)
-    return [KvmemChat(shared), KvmemTools(shared)]
+    return KvmemChat(shared), KvmemTools(shared)
 
 
 def _told(message: Any) -> list[Any]:
