@@ -303,6 +303,15 @@ class Cache:
         stop = max(host, self.match(chains, start, limit, self._moves))
         return host, stop, "none" if stop >= limit else self._why_not(chains, stop)
 
+    def prefix(self, packed: bytes) -> tuple[int, int]:
+        """How many of a chain's blocks, its keys one behind the other, are on the host, and how
+        many on the disk, from its first on. Nothing is used, held or read. Any thread may look.
+
+        REQUIRES: one group, closed.
+        """
+        below = self._moves.match(packed, 0) if self._moves is not None else 0
+        return self._tier.match(packed), below
+
     def _single_resume_point(
         self, shape: GroupShape, keys: Keys, start: int, stop: int, below: Below | None
     ) -> int:

@@ -1,5 +1,5 @@
-"""The kvmem command: `demo`, `serve`, `gateway`, `top`, `stats`, `explain`, `quote`, `inspect`,
-`switch`, `quarantine`, `verify`, `lint`, `replay`.
+"""The kvmem command: `demo`, `serve`, `gateway`, `top`, `dashboard`, `stats`, `explain`, `quote`,
+`inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -49,6 +49,7 @@ bit, when a prompt begins the same way.
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
   kvmem gateway           text histories of any client become exact tokens, before an engine
   kvmem top               the running engines, live
+  kvmem dashboard         the same as a page, with the tree of prompts
   kvmem stats             what the running engines reuse
   kvmem explain           why prompts had to be computed, in a running engine
   kvmem quote body.json   what a prompt would find and cost, before it is sent

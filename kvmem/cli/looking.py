@@ -1,4 +1,5 @@
-"""The commands that look at running engines and stores: `top`, `quote`, `inspect`."""
+"""The commands that look at running engines and stores: `top`, `dashboard`, `quote`,
+`inspect`."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ Nothing is changed, nobody is locked out, and no engine notices. Exit code 1 whe
 def add(app: typer.Typer) -> None:
     """Adds the commands."""
     app.command()(top)
+    app.command()(dashboard)
     app.command()(quote)
     app.add_typer(inspect, name="inspect")
 
@@ -61,6 +63,32 @@ def top(
         _no_engine()
     if not told:
         _not_found("the engines that run do not answer; they may be of another version")
+
+
+def dashboard(
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free one.")] = 8901,
+    token: Annotated[
+        str, typer.Option(envvar="KVMEM_DASHBOARD_TOKEN", help="What a browser must give.")
+    ] = "",
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that a proxy of this machine serves the page under."),
+    ] = None,
+    arena: WhichArena = None,
+) -> None:
+    """Serve one live page: the prefix tree, sessions, tiers, misses, decisions.
+
+    It finds this user's running engines, and engines that start later. An engine works for it only
+    while somebody looks. No text of a prompt is shown. It listens on 127.0.0.1 unless you give
+    --host, and then it wants a token too. `kvmem serve` has the same page at /kvmem/.
+    """
+    from kvmem.cli import switching
+    from kvmem.dashboard.serve import run
+    from kvmem.store import Arena
+
+    name = None if arena is None else Arena.path_of(switching.plain(arena)).name
+    run(arena=name, host=host, port=port, token=token, hosts=tuple(allow_host or ()))
 
 
 def quote(

@@ -11,10 +11,11 @@ import msgspec
 from kvmem.errors import ArenaError, NotAnswered
 from kvmem.store.arena import list_live
 from kvmem.store.desk import ask
+from kvmem.telemetry.chains import Chains
 from kvmem.telemetry.live import SessionDetail, Snapshot
 from kvmem.telemetry.quote import Quote
 
-__all__ = ["quote", "session", "snapshots"]
+__all__ = ["chains", "quote", "session", "snapshots"]
 
 NAMING_S = 30.0  # for a break that is named, after the tokenizer was loaded
 
@@ -66,3 +67,13 @@ def session(path: Path, name: str) -> SessionDetail:
         NotAnswered, FileNotFoundError, ArenaError: there is no engine that answers.
     """
     return msgspec.msgpack.decode(ask(path, "session", session=name), type=SessionDetail)
+
+
+def chains(path: Path, since: int = 0) -> Chains:
+    """The prompts that the engine which owns the arena at `path` remembers, as chains of blocks:
+    those that changed since the answer with that stamp.
+
+    Raises:
+        NotAnswered, FileNotFoundError, ArenaError: there is no engine that answers.
+    """
+    return msgspec.msgpack.decode(ask(path, "chains", since=since), type=Chains)

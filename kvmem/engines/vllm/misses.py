@@ -247,6 +247,19 @@ class Misses:
         self._behind.finish()
         return found
 
+    def chains(self) -> tuple[list[Past], int]:
+        """All prompts that are remembered, those used least lately first, and the latest `kept`.
+        Any thread may ask.
+
+        Their keys are not copied: this holds up whoever waits for the explainer for as long as a
+        list of them takes.
+        """
+        found: list[tuple[list[Past], int]] = []
+        pasts = self.explainer.pasts
+        self._behind.add(lambda: found.append((pasts.all(), pasts.n_kept)))
+        self._behind.finish()
+        return found[0] if found else ([], 0)
+
     # -- for others --------------------------------------------------------------------------
 
     def page(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import msgspec
 
 from kvmem import events
 from kvmem.config import Config
+from kvmem.engines.vllm.chains import chains_at
 from kvmem.engines.vllm.quoting import Quotes
 from kvmem.engines.vllm.seen import Seen
 from kvmem.store.desk import Desk
@@ -75,6 +76,7 @@ class Telemetry:
             self._ready = self._deltas.ready
         answers = {
             "block": self._block,
+            "chains": lambda asked: chains_at(self._half, asked),
             "live": self._live,
             "quote": self.quotes.at_desk,
             "session": self._session,

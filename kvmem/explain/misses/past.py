@@ -51,8 +51,8 @@ class Past:
     """An earlier prompt with its reply."""
 
     __slots__ = (
-        "adapter", "content", "end", "keys", "marks", "n_prompt", "outline", "request_id", "salt",
-        "session", "store_off", "tokens", "weights",
+        "adapter", "content", "end", "kept", "keys", "marks", "n_prompt", "number", "outline",
+        "request_id", "salt", "session", "store_off", "tokens", "weights",
     )  # fmt: skip
 
     def __init__(self, prompt: Prompt) -> None:
@@ -64,6 +64,7 @@ class Past:
         self.marks: tuple[int, ...] = ()
         self.end = b""
         self.store_off: str | None = None
+        self.number = self.kept = 0
         self.take(prompt)
 
     def take(self, prompt: Prompt) -> None:
@@ -95,6 +96,7 @@ class Pasts:
     ) -> None:
         self.block_tokens = block_tokens
         self.keys_bytes = self.tokens_bytes = 0
+        self.n_kept = self._n_new = 0
         self._most = most
         self._most_keys, self._most_tokens = most_keys_bytes, most_tokens_bytes
         self._with_tokens: OrderedDict[int, Past] = OrderedDict()
@@ -177,6 +179,11 @@ class Pasts:
             past for (_, name), pasts in self._named.items() if name == session for past in pasts
         ]
 
+    def all(self) -> list[Past]:
+        """All that are kept, those used least lately first: `kept` ascends. `number` is a prompt's
+        own for as long as it is kept."""
+        return list(self._all.values())
+
     # -- keeping -----------------------------------------------------------------------------
 
     def keep(
@@ -216,6 +223,8 @@ class Pasts:
         self._count(past, 1)
         self._mark(past)
         self._all.move_to_end(id(past))
+        self.n_kept += 1
+        past.kept = self.n_kept
         self._make_room()
 
     def _count(self, past: Past, times: int) -> None:
@@ -234,6 +243,8 @@ class Pasts:
 
     def _new(self, prompt: Prompt) -> Past:
         past = Past(prompt)
+        self._n_new += 1
+        past.number = self._n_new
         self._all[id(past)] = past
         if prompt.session:
             branches = self._named.setdefault((prompt.salt, prompt.session), [])
