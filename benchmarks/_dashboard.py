@@ -52,7 +52,9 @@ class Synthetic:
         for i in range(n_sessions):
             team = self._draw.randrange(TEAMS)
             name, tenant = f"team-{team}/agent-{i}", f"{team % 3:016x}" if team % 3 else ""
-            marks = shared[team] + self._marks(name, max(1, round(own * self._draw.uniform(0.5, 1.5))))
+            marks = shared[team] + self._marks(
+                name, max(1, round(own * self._draw.uniform(0.5, 1.5)))
+            )
             self._put(Chain(i + 1, name, tenant, f"request-{i}-0", marks))
             self.sessions_now[name] = Session(name, first_s=now, last_s=now)
         self.work(min(n_sessions, 200), spread_s=240.0)
@@ -73,9 +75,7 @@ class Synthetic:
             new = self._marks(f"{chain.request_id}+", self._draw.randrange(1, 6))
             turn = int(chain.request_id.rpartition("-")[2]) + 1
             request = f"{chain.request_id.rpartition('-')[0]}-{turn}"
-            self._put(
-                Chain(chain.number, chain.session, chain.tenant, request, chain.marks + new)
-            )
+            self._put(Chain(chain.number, chain.session, chain.tenant, request, chain.marks + new))
             hit, fresh = 2 * len(chain.marks), 2 * len(new)
             ended = now - spread_s + spread_s * (at + 1) / n
             device, host, disk = hit // 2, hit // 4, hit - hit // 2 - hit // 4
@@ -150,7 +150,10 @@ class Synthetic:
             stamp = kept
         numbers = array("Q", self.chains_now)
         lengths = [len(chain.marks) // 8 for _, chain in self.chains_now.values()]
-        host = array("i", (n if i % 3 == 0 else n // (1 + i % 4) for i, n in zip(numbers, lengths, strict=True)))
+        host = array(
+            "i",
+            (n if i % 3 == 0 else n // (1 + i % 4) for i, n in zip(numbers, lengths, strict=True)),
+        )
         disk = array("i", (n if i % 5 < 2 else 0 for i, n in zip(numbers, lengths, strict=True)))
         return Chains(
             stamp, tuple(changed), numbers.tobytes(), host.tobytes(), disk.tobytes(), 16, more

@@ -1,6 +1,6 @@
 """Three frameworks, one cache: each asks through the gateway with the same instructions.
 
-    make frameworks && .venv-frameworks/bin/python examples/09_frameworks.py
+make frameworks && .venv-frameworks/bin/python examples/09_frameworks.py
 """
 
 import asyncio

@@ -247,7 +247,7 @@ def _table(page: Page, now_s: float) -> Table:
     if far is not None:
         drawn.add_row(
             f"far store {far.label}" if far.on else f"far store {far.label}, OFF: it failed",
-            f"{_size(far.bytes_read)} read",
+            f"{size(far.bytes_read)} read",
             f"{far.written:,} blocks written, {far.read:,} read, {far.faults:,} faults, "
             f"{far.slower + far.late:,} times slower than computing",
         )

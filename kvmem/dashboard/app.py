@@ -81,7 +81,11 @@ class Dashboard:
         ]
         files = resources.files("kvmem.dashboard") / "static"
         self._files = {f.name: f.read_bytes() for f in files.iterdir() if f.is_file()}
-        handlers: Any = {_Refused: _refused, KVMemError: _unanswered, FileNotFoundError: _unanswered}
+        handlers: Any = {
+            _Refused: _refused,
+            KVMemError: _unanswered,
+            FileNotFoundError: _unanswered,
+        }
         self._app = Guard(Starlette(routes=routes, exception_handlers=handlers), self._access)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kvmem.errors import NotAnswered
-from kvmem.store import live, list_live
+from kvmem.store import list_live, live
 from kvmem.telemetry.chains import Chains
 from kvmem.telemetry.live import SessionDetail, Snapshot
 

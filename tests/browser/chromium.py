@@ -120,7 +120,15 @@ class Chromium:
     def key(self, name: str) -> None:
         """Presses a key."""
         more = {"text": "\r"} if name == "Enter" else {}
-        codes = {"Enter": 13, "Tab": 9, "Backspace": 8, "ArrowDown": 40, "ArrowRight": 39, "ArrowUp": 38, "ArrowLeft": 37}
+        codes = {
+            "Enter": 13,
+            "Tab": 9,
+            "Backspace": 8,
+            "ArrowDown": 40,
+            "ArrowRight": 39,
+            "ArrowUp": 38,
+            "ArrowLeft": 37,
+        }
         for kind in ("keyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent", type=kind, key=name, code=name,

@@ -204,4 +204,3 @@ async def _metrics(request: Request) -> Response:
         return Response(exposition(found), media_type=CONTENT_TYPE)
 
     return await run_in_threadpool(answer)
-
