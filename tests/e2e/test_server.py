@@ -30,7 +30,7 @@ SWITCH = "/v1/kvmem/switch"
 def serve(model: str, name: str, log: Path) -> Server:
     command = [
         *KVMEM, "serve", model,
-        "--kvmem-host-gb", "0.25", "--kvmem-arena", name,
+        "--kvmem-host-gb", "0.5", "--kvmem-arena", name,
         "--dtype", "float32", "--block-size", "32", "--max-model-len", "1536",
         "--num-gpu-blocks-override", "64", "--enforce-eager", "--served-model-name", "smol",
         "--api-key", KEY,
