@@ -121,15 +121,15 @@ class Keeping:
         self.n_slots, self.block_tokens = n_slots, block_tokens
         self._tree = Tree(TREE_SLOTS * n_slots, self._needed)
         self.room = LiveRoom(self._tree, tier, n_slots)
-        self.agents = Agents(self.room, lambda room: _Tier())
+        # Worths are asked for so many blocks at once.
+        self._spare = max(n_slots // SPARE, min(n_slots // 128, MOST_SPARE))
+        self.agents = Agents(self.room, lambda room: _Tier(), spare=self._spare)
         self._tree.watch(self.agents)
         self._rooms = [self.room]
         self._requests: dict[str, tuple[Ref, int]] = {}  # and at which run they end
         self._given_up: dict[int, int] = {}  # by branch
         self.agents.keeper.on_forget = self._forgotten
         self.n_untracked = 0
-        # Worths are asked for so many blocks at once.
-        self._spare = max(n_slots // SPARE, min(n_slots // 128, MOST_SPARE))
         self._unsure: list[int] = []  # leaves that LRU may have taken
 
     def add_disk(self, tier: HostTier, n_records: int) -> None:

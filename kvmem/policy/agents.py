@@ -48,9 +48,17 @@ class Agents:
     Args:
         room: what is decided for.
         plain: makes what decides for it while LRU does; by default an `Lru` of its own.
+        spare: blocks that are cut at once beyond those that must go.
     """
 
-    def __init__(self, room: Room, plain: Callable[[Room], Plain] | None = None) -> None:
+    def __init__(
+        self,
+        room: Room,
+        plain: Callable[[Room], Plain] | None = None,
+        *,
+        spare: int | None = None,
+    ) -> None:
+        self._spare = room.capacity // SPARE if spare is None else spare
         self.room = room
         self.keeper, self.duel = Keeper(), Duel()
         self._plain = plain if plain is not None else lambda room: Lru(room, room.leaves)
@@ -127,14 +135,15 @@ class Agents:
 
     def _make(self, room: Room, now_s: float) -> None:
         if room.used > room.capacity:
-            self.trim(room, now_s, room.capacity - room.capacity // SPARE)
+            self.trim(room, now_s, room.capacity - self._spare)
 
     def trim(self, room: Room, now_s: float, to: int) -> None:
         """Cuts the ends of the branches worth least, until there is no excess."""
         runs, worths = self.keeper.worths(now_s)
         at = self._standing(room, runs)
         known = at >= 0
-        of = np.bincount(at[known], worths[known], minlength=len(room.here))
+        asked = np.bincount(at[known], worths[known], minlength=len(room.here))
+        of = np.asarray(asked, np.float64)
         order = _ordered(np.fromiter(room.leaves, np.int64, len(room.leaves)), of, room.last)
         bare: list[tuple[float, float, int]] = []  # leaves that were none
         leaf = next(order, -1)
