@@ -1,4 +1,4 @@
-"""A team that outlives its process: saved, resumed by a process that comes later, not recomputed."""
+"""A team that outlives its process: a later one resumes it, and nothing is computed again."""
 
 import os
 import subprocess

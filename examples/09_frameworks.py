@@ -10,7 +10,7 @@ from agents import Agent as OpenAIAgent
 from agents import OpenAIChatCompletionsModel, Runner, set_tracing_disabled
 from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAI
 from pydantic_ai import Agent as PydanticAgent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -19,8 +19,8 @@ from kvmem.agents.adapters.langchain import KvmemMiddleware
 from kvmem.agents.adapters.openai_agents import KvmemSession
 from kvmem.agents.adapters.pydantic_ai import Kvmem
 
-url = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8100/v1")  # of `kvmem gateway`
-model = os.environ.get("OPENAI_MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
+url = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8900/v1")  # of `kvmem gateway`
+model = OpenAI(base_url=url, api_key="none").models.list().data[0].id
 rules = "You are one of a team of agents that share these instructions. " * 40
 set_tracing_disabled(True)
 

@@ -39,9 +39,11 @@ def tokens(line: str) -> dict[str, int]:
     return dict(ast.literal_eval(found[0]))
 
 
-def test_readme_shows_every_example_and_nothing_else() -> None:
+def test_every_example_stands_in_readme_or_is_told_of_in_a_document() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*.py")}
-    assert set(IN_README) == files
+    assert set(IN_README) <= files
+    told = set().union(*(blocks.named_paths(page.read_text()) for page in blocks.DOCUMENTS))
+    assert files - set(IN_README) <= told
     assert blocks.README.read_text().count("```python") == len(IN_README)
 
 
@@ -99,7 +101,7 @@ def server(smollm2: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = ["--port", str(port), "--max-model-len", "2048", "--block-size", "32"]
-    flags += ["--enforce-eager"]
+    flags += ["--enforce-eager", "--enable-prompt-tokens-details"]
     with subprocess.Popen(
         [str(KVMEM), "serve", smollm2, "--kvmem-host-gb", "0.5", *flags],
         stdout=subprocess.PIPE,
@@ -145,3 +147,46 @@ def test_team_example_computes_its_prefix_once(server: str) -> None:
     # The first child's figure is not told without --enable-prompt-tokens-details where it streams.
     assert reused >= prompt * 0.6
     assert re.match(r"<Session lead: [\d,]+ tokens, 3 turns, \d\d% reused>", lines[-1])
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_coding_example_keeps_long_results_out_of_the_prompt(server: str) -> None:
+    *_, kept, told = run("examples/07_coding.py", OPENAI_BASE_URL=server)
+    n_bytes, n_tokens = (int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", kept))
+    assert n_bytes > 20_000 > 10 * n_tokens
+    assert re.match(r"<Session coder: [\d,]+ tokens, \d turns, \d+% reused>", told)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_resume_example_finds_what_its_first_process_computed(server: str) -> None:
+    last = run("examples/08_resume.py", OPENAI_BASE_URL=server)[-1]
+    there, prompt = (int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", last))
+    assert there > prompt * 0.8
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_three_frameworks_share_one_prefix(server: str) -> None:
+    python = ROOT / ".venv-frameworks/bin/python"
+    if not python.exists() and not os.environ.get("KVMEM_REQUIRE_ENGINE"):
+        pytest.skip("`make frameworks` makes the environment")
+    with subprocess.Popen(
+        [str(KVMEM), "gateway", "--upstream", server.removesuffix("/v1"), "--port", "0"],
+        stdout=subprocess.PIPE, text=True,
+    ) as gateway:  # fmt: skip
+        assert gateway.stdout is not None
+        url = gateway.stdout.readline().split()[-1]
+        done = subprocess.run(
+            [str(python), str(ROOT / "examples/09_frameworks.py")], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_BASE_URL": f"{url}/v1"},
+        )  # fmt: skip
+        gateway.terminate()
+    assert done.returncode == 0, done.stderr
+    told = [re.findall(r"\d+", line.partition(":")[2]) for line in done.stdout.splitlines()]
+    _, *later = [(int(cached), int(prompt)) for cached, prompt in told]
+    assert len(later) == 2
+    # Its own question is all that a framework adds to the instructions.
+    for cached, prompt in later:
+        assert cached > prompt * 0.8

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
-mcp = pytest.importorskip("mcp")
+pytest.importorskip("mcp")
 
+import mcp
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
