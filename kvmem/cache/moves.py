@@ -176,8 +176,8 @@ class Moves:
 
     # -- what is there -----------------------------------------------------------------------
 
-    def match(self, keys: Keys, start: int) -> int:
-        """Blocks of the longest prefix on the disk."""
+    def match(self, keys: Keys | bytes, start: int) -> int:
+        """Blocks of the longest prefix on the disk; keys may come one behind the other."""
         return self.disk.match(keys, start) if self._mover.on else 0
 
     def has(self, key: bytes) -> bool:

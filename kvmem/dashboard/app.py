@@ -193,9 +193,7 @@ class Dashboard:
 
     async def _lanes(self, request: Request) -> Response:
         state, query = await self._state(request), request.query_params
-        text, sort = query.get("text", "")[:TEXT_CHARS].lower(), query.get("sort", "last")
-        if sort not in get_args(Sort):
-            raise _Refused(400, f"sort is one of {', '.join(get_args(Sort))}")
+        text, sort = query.get("text", "")[:TEXT_CHARS].lower(), _sort(query.get("sort", "last"))
         first, most = _number(query, "first", 0, 10_000), _number(query, "most", 25, 100)
         span_s = _number(query, "span_s", 300, 86_400)
 
@@ -231,6 +229,13 @@ def _number(query: Any, name: str, default: int, most: int) -> int:
         return max(0, min(most, int(query.get(name, default))))
     except ValueError:
         raise _Refused(400, f"{name} is a whole number") from None
+
+
+def _sort(name: str) -> Sort:
+    for known in get_args(Sort):
+        if name == known:
+            return known
+    raise _Refused(400, f"sort is one of {', '.join(get_args(Sort))}")
 
 
 def _json(value: Any) -> Response:

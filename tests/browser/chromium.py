@@ -111,7 +111,8 @@ class Chromium:
         end_s = time.monotonic() + within_s
         while time.monotonic() < end_s:
             value = self.run(
-                f"new Promise((done) => setTimeout(() => done((() => {{ return {condition}; }})()), 50))"
+                "new Promise((done) => setTimeout("
+                f"() => done((() => {{ return {condition}; }})()), 50))"
             )
             if value:
                 return value
