@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ __all__ = ["start"]  # the fixture
 if importlib.util.find_spec("lmcache") is None:
     pytest.skip("LMCache is in an environment of its own", allow_module_level=True)
 # It takes longer to import than a store is waited for here.
-importlib.import_module("lmcache.v1.distributed.l2_adapters")
-importlib.import_module("lmcache.v1.memory_management")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its libraries' own, about their own insides
+    importlib.import_module("lmcache.v1.distributed.l2_adapters")
+    importlib.import_module("lmcache.v1.memory_management")
 pytestmark = pytest.mark.filterwarnings("ignore")
 CHAIN = keys(6)
 

@@ -9,14 +9,19 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from benchmarks import _far_faults
 from benchmarks._redis import RedisServer, binary, cluster
 from kvmem import events
 from kvmem.store.far import FarStore, check_url
+from kvmem.store.far import tier as tier_module
 from kvmem.store.far.redis_store import CHUNK_BYTES, RedisStore
+from kvmem.types import Move
 from tests.unit.test_disk import Host, keys, start
 from tests.unit.test_far import CHAIN, far_of, forget_answers, name, put, told, trial
 
@@ -297,3 +302,25 @@ def test_a_server_that_is_read_only_is_off_and_says_why(
     host = start(far=client(server.url))
     assert not far_of(host).on
     assert "read only" in told(host, events.TierOff)[0].error
+
+
+def test_the_faults_benchmark_finds_nothing_wrong_and_would_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "right").mkdir()
+    found = _far_faults.run(tmp_path / "right", rounds=1)
+    assert (found.wrong, found.failures, found.leaked) == (0, 0, 0)
+    assert found.answered > 0
+    assert found.seen > 0
+    real = tier_module.read_head
+
+    def trusting(value: np.ndarray, move: Move, **asked: Any) -> Any:  # whosever block it is
+        text = value.tobytes()
+        if len(text) < 128:
+            return "short"
+        return real(value, msgspec.structs.replace(move, key=text[48:80], parent=text[80:112]),
+                    **asked)  # fmt: skip
+
+    monkeypatch.setattr(tier_module, "read_head", trusting)
+    (tmp_path / "wrong").mkdir()
+    assert _far_faults.run(tmp_path / "wrong", rounds=2).wrong > 0
