@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def gateway(served: Server) -> Iterator[str]:
         process.communicate()
 
 
-def run(name: str, url: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+Loop = tuple[dict[str, Any], list[dict[str, Any]]]
+
+
+def run(name: str, url: str) -> Loop:
     """What a loop prints, and the engine's usage, turn by turn."""
     python = ROOT / (".venv-crewai" if name == "crewai" else ".venv-frameworks") / "bin/python"
     if not python.exists():
@@ -62,6 +66,15 @@ def run(name: str, url: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads(done.stdout.splitlines()[-1]), tap.usages
 
 
+@pytest.fixture(scope="module")
+def loops(gateway: str, served: Server) -> Iterator[dict[str, Future[Loop]]]:
+    """All of them, four at a time: the engine computes them in one batch."""
+    with ThreadPoolExecutor(4) as pool:
+        begun = {name: pool.submit(run, name, gateway) for name in (*ADAPTERS, *RECIPES)}
+        begun["straight"] = pool.submit(run, "langchain", served.url)
+        yield begun
+
+
 def reused(usages: list[dict[str, Any]]) -> tuple[int, int]:
     """Cached tokens and the ideal: whole blocks of the last prompt and its answer's all but one."""
     cached = ideal = had = 0
@@ -74,8 +87,10 @@ def reused(usages: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_keeps_20_turns_exact_and_announces_each_tool(gateway: str, name: str) -> None:
-    told, usages = run(name, gateway)
+def test_an_adapter_keeps_20_turns_exact_and_announces_each_tool(
+    loops: dict[str, Future[Loop]], name: str
+) -> None:
+    told, usages = loops[name].result()
     assert len(usages) == TURNS
     assert len(told["calls"]) == TURNS - 1
     cached, ideal = reused(usages)
@@ -92,8 +107,8 @@ def test_an_adapter_keeps_20_turns_exact_and_announces_each_tool(gateway: str, n
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_keeps_20_turns_exact(gateway: str, name: str) -> None:
-    told, usages = run(name, gateway)
+def test_a_recipe_keeps_20_turns_exact(loops: dict[str, Future[Loop]], name: str) -> None:
+    told, usages = loops[name].result()
     assert len(usages) == TURNS
     assert len(told["calls"]) == TURNS - 1
     cached, ideal = reused(usages)
@@ -101,8 +116,8 @@ def test_a_recipe_keeps_20_turns_exact(gateway: str, name: str) -> None:
     assert {one["miss"] for one in usages[1:]} == {"none"}
 
 
-def test_straight_to_the_engine_the_same_loop_falls_short(served: Server) -> None:
-    _, usages = run("langchain", served.url)
+def test_straight_to_the_engine_the_same_loop_falls_short(loops: dict[str, Future[Loop]]) -> None:
+    _, usages = loops["straight"].result()
     cached, ideal = reused(usages)
     assert len(usages) == TURNS
     assert 0 < cached < ideal

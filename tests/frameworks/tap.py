@@ -1,9 +1,10 @@
 """A proxy between a framework and the gateway: it forces the calls and keeps the engine's figures.
 
 The model under test is too small to call tools when it should. So the tap sets `tool_choice` (and
-temperature 1, a seed, a bound) on the way in: the tool `look` for so many turns, then none. It
-touches nothing that is rendered; what a call holds is sampled by the engine. On the way out it
-reads `usage`, so that what is asserted does not depend on what a framework shows of it.
+temperature 1, a seed, a bound, `strict`) on the way in: the tool `look` for so many turns, then
+none. It touches nothing that this model's template renders; what a call holds is sampled by the
+engine. On the way out it reads `usage`, so that what is asserted does not depend on what a
+framework shows of it.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class Tap:
         tools = body.get("tools") or []
         names = [one.get("name") or one.get("function", {}).get("name", "") for one in tools]
         name = next((one for one in names if one.endswith(TOOL)), "")
+        for one in tools:  # else the engine holds a call to no schema
+            one.get("function", one)["strict"] = True
         anthropic = any("input_schema" in one for one in tools)
         openai = any("function" in one for one in tools)
         calls = bool(name) and len(self.usages) < self.turns - 1
