@@ -37,6 +37,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 CHAIN = keys(6)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What an adapter imports takes longer, once, than a store is waited for here."""
+    folder = tmp_path_factory.mktemp("first")
+    check_url(f'lmcache:{{"type": "fs_native", "base_path": "{folder}"}}', {})().close()
+
+
 @pytest.fixture(params=["fs_native", "fs", "valkey"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, Any]]:
     if request.param != "valkey":
