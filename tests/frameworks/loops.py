@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from kvmem.agents.announcing import Hint
 
@@ -34,6 +34,10 @@ def look(q: Thing) -> str:
     """
     CALLS.append(q)
     return f"Room {len(CALLS)}: {q!r} is here, with a door in the north."
+
+
+# crewai can't read a type's name.
+look.__annotations__ = get_type_hints(look)
 
 
 class Heard:
