@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from kvmem.agents.announcing import Hint
 
@@ -75,15 +74,6 @@ def openai_agents(url: str, heard: Heard) -> None:
     set_tracing_disabled(True)
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     _openai_agents(OpenAIChatCompletionsModel("smol", client), "openai-agents", heard)
-
-
-def openai_agents_responses(url: str, heard: Heard) -> None:
-    from agents import OpenAIResponsesModel, set_tracing_disabled
-    from openai import AsyncOpenAI
-
-    set_tracing_disabled(True)
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    _openai_agents(OpenAIResponsesModel("smol", client), "openai-agents-responses", heard)
 
 
 def _openai_agents(model: Any, name: str, heard: Heard) -> None:
@@ -162,16 +152,6 @@ def google_adk(url: str, heard: Heard) -> None:
     asyncio.run(loop())
 
 
-def smolagents(url: str, heard: Heard) -> None:
-    from smolagents import OpenAIModel, ToolCallingAgent, tool
-
-    named = {"default_headers": {"X-Session-ID": "smolagents"}}
-    model = OpenAIModel("smol", api_base=f"{url}/v1", api_key="none", client_kwargs=named)
-    agent = ToolCallingAgent([tool(look)], model, instructions=f"smolagents. {SYSTEM}",
-                             max_steps=int(os.environ["TURNS"]) - 1, verbosity_level=0)  # fmt: skip
-    agent.run(ASK)
-
-
 def crewai(url: str, heard: Heard) -> None:
     from crewai import LLM, Agent
     from crewai.tools import tool
@@ -183,36 +163,10 @@ def crewai(url: str, heard: Heard) -> None:
     agent.kickoff(ASK)
 
 
-def claude_agent_sdk(url: str, heard: Heard) -> None:
-    from claude_agent_sdk import ClaudeAgentOptions, create_sdk_mcp_server, query, tool
-
-    schema = {"type": "object", "properties": {"q": {"enum": list(get_args(Thing))}},
-              "required": ["q"]}  # fmt: skip
-
-    @tool("look", "Looks at something in the house.", schema)
-    async def looks(given: dict[str, Any]) -> dict[str, Any]:
-        return {"content": [{"type": "text", "text": look(given["q"])}]}
-
-    async def loop() -> None:
-        options = ClaudeAgentOptions(
-            model="smol", system_prompt=f"claude. {SYSTEM}", tools=[],
-            mcp_servers={"house": create_sdk_mcp_server("house", tools=[looks])},
-            allowed_tools=["mcp__house__look"], max_turns=ROOMS, setting_sources=[],
-            env={"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "none",
-                 "ANTHROPIC_CUSTOM_HEADERS": "X-Session-ID: claude",
-                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
-        )  # fmt: skip
-        async for _ in query(prompt=ASK, options=options):
-            continue
-
-    asyncio.run(loop())
-
-
 LOOPS: dict[str, Callable[[str, Heard], None]] = {
     one.__name__: one
     for one in (
-        langchain, openai_agents, openai_agents_responses, pydantic_ai, agent_framework,
-        google_adk, smolagents, crewai, claude_agent_sdk,
+        langchain, openai_agents, pydantic_ai, agent_framework, google_adk, crewai,
     )
 }  # fmt: skip
 
