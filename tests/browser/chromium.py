@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ class Chromium:
         self._ids = itertools.count(1)
         self.troubles: list[str] = []
         self.requested: list[str] = []
-        self._socket = connect(told.removeprefix(prefix).strip(), max_size=None)
+        self._open = ExitStack()
+        self._socket = self._open.enter_context(
+            connect(told.removeprefix(prefix).strip(), max_size=None)
+        )
         self._session: str | None = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -62,7 +66,7 @@ class Chromium:
 
     def close(self) -> None:
         """Ends it."""
-        self._socket.close()
+        self._open.close()
         self._process.terminate()
         self._process.wait(10)
         assert self._process.stderr is not None

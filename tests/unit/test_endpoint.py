@@ -280,7 +280,7 @@ def test_the_entry_points_of_this_environment_are_all_named_and_lead_somewhere()
     (ours,) = metadata.entry_points(group=ENDPOINT_PLUGINS_GROUP, name="kvmem_switch")
     assert ours.load() is SwitchEndpoint
     allowed = (launch.allowed_plugins({}) or "").split(",")
-    assert {"kvmem", "kvmem_switch", "lora_filesystem_resolver"} <= set(allowed)
+    assert {"kvmem", "kvmem_switch", "kvmem_dashboard", "lora_filesystem_resolver"} <= set(allowed)
     assert "lora_hf_hub_resolver" not in allowed
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from kvmem.config import Config
 from kvmem.engines.vllm import interface
-from kvmem.engines.vllm.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, ENDPOINT_NAME
+from kvmem.engines.vllm.plugin import CONNECTOR_MODULE, CONNECTOR_NAME, ENDPOINT_NAME, PAGE_NAME
 from kvmem.errors import ArenaInUse, ConfigError
 from kvmem.store import Arena, check_room, list_live
 
@@ -98,7 +98,7 @@ def transfer_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def allowed_plugins(environ: Mapping[str, str]) -> str | None:
-    """What VLLM_PLUGINS has to be for kvmem's endpoint, and everything else as it was.
+    """What VLLM_PLUGINS has to be for kvmem's endpoint and page, and all else as it was.
 
     vLLM adds an endpoint only if VLLM_PLUGINS names it, and where that is set at all, loads no
     plug-in of any kind that it does not name. None where it must stay unset: there is no such
@@ -114,7 +114,7 @@ def allowed_plugins(environ: Mapping[str, str]) -> str | None:
     unasked = {one.name for kind in _UNASKED for one in find(group=kind)} - _ONLY_IF_NAMED
     if ENDPOINT_NAME not in endpoints or unasked & endpoints:
         return None
-    return ",".join([*sorted(unasked), ENDPOINT_NAME])
+    return ",".join([*sorted(unasked), ENDPOINT_NAME, *sorted({PAGE_NAME} & endpoints)])
 
 
 def _check_arena(name: str | None) -> None:

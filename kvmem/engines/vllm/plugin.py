@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["CONNECTOR_MODULE", "CONNECTOR_NAME", "ENDPOINT_NAME", "register"]
+__all__ = ["CONNECTOR_MODULE", "CONNECTOR_NAME", "ENDPOINT_NAME", "PAGE_NAME", "register"]
 
 CONNECTOR_NAME = "KvmemConnector"
 CONNECTOR_MODULE = "kvmem.engines.vllm.entry"
 # Not the connector's: who names that one in VLLM_PLUGINS has not asked for a route.
 ENDPOINT_NAME = "kvmem_switch"
+PAGE_NAME = "kvmem_dashboard"
 
 
 def register() -> None:
