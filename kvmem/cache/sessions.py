@@ -32,6 +32,7 @@ FORK_S = 60.0  # a prompt waits so long for a child that was announced
 MOST_SESSIONS, MOST_BRANCHES = 65_536, 16
 MOST_RETAINED, MOST_TOOLS, MOST_MOVES = 1024, 512, 4096
 MOST_RECEIPTS = 512
+MOST_ENDS = 4096  # of pins, before those that ended otherwise are left out
 EVENTS_S, EVENTS = 1.0, 8  # so many refusals are told in such a time
 BACK = "back"  # what a session waits for whose tool has ended
 
@@ -100,9 +101,7 @@ class Sessions:
         """A session's prompt lies in this branch now."""
         session = self._sessions.get(who)
         if session is None:
-            session = self._sessions[who] = _Session()
-            if len(self._sessions) > MOST_SESSIONS:
-                self._forget(next(iter(self._sessions)))
+            session = self._new(who)
         self._sessions.move_to_end(who)
         session.told = session.told or told
         if ref in session.refs:
@@ -115,14 +114,19 @@ class Sessions:
         if parent is not None:
             self._let_go(parent)
 
+    def _new(self, who: Who) -> _Session:
+        session = self._sessions[who] = _Session()
+        if len(self._sessions) > MOST_SESSIONS:
+            self._forget(next(iter(self._sessions)))
+        return session
+
     def expire(self) -> None:
         """Ends the pins whose time is over."""
         now_s = self._clock()
         while self._ends and self._ends[0][0] <= now_s:
             _, _, who, lease = heapq.heappop(self._ends)
-            session = self._sessions.get(who)
-            if session is not None and session.pin is not None and session.pin[0] == lease:
-                self._unpin(session)
+            if self._pin_of(who) == lease:
+                self._unpin(self._sessions[who])
 
     # -- actions -----------------------------------------------------------------------------
 
@@ -185,7 +189,7 @@ class Sessions:
         if ref is None or not keeping.is_known(ref):
             return answer("missing", "no prompt of such a session is known")
         if session is None:  # the request that asks has no session's name
-            session = self._sessions.setdefault(who, _Session())
+            session = self._new(who)
             session.refs.append(ref)
         session.told = True
         match action:
@@ -302,6 +306,9 @@ class Sessions:
         for_s = min(action.for_s, MOST_S)
         session.pin = (lease, blocks)
         self._pinned += blocks
+        if len(self._ends) > MOST_ENDS:  # most are of pins that ended otherwise
+            self._ends = [end for end in self._ends if self._pin_of(end[2]) == end[3]]
+            heapq.heapify(self._ends)
         heapq.heappush(self._ends, (self._clock() + for_s, next(self._serial), who, lease))
         if for_s < action.for_s:
             return answer("clipped", f"for {MOST_S:.0f} s at most", blocks=blocks, for_s=for_s)
@@ -311,6 +318,10 @@ class Sessions:
                 "clipped", f"{blocks} of {wanted} blocks: {why}", blocks=blocks, for_s=for_s
             )
         return answer("accepted", blocks=blocks, for_s=for_s)
+
+    def _pin_of(self, who: Who) -> int | None:
+        session = self._sessions.get(who)
+        return session.pin[0] if session is not None and session.pin is not None else None
 
     def _unpin(self, session: _Session) -> None:
         if session.pin is not None:
@@ -386,15 +397,17 @@ class Sessions:
     # -- the whole ---------------------------------------------------------------------------
 
     def dropped(self) -> None:
-        """Nothing is here any more: what was pinned need not be held."""
+        """Nothing is here any more: what was pinned or retained need not be held."""
         for session in self._sessions.values():
             self._unpin(session)
+        for ref in list(self._retained):
+            self._let_go(ref)
 
     def stats(self) -> dict[str, int]:
-        """Sessions, blocks pinned and retained, receipts by status."""
+        """Sessions, blocks pinned and retained, receipts by status; any thread may ask."""
         return {
             "sessions": len(self._sessions),
             "pinned": self._pinned,
-            "retained": sum(n for _, n, _ in self._retained.values()),
-            **self.counts,
+            "retained": sum(n for _, n, _ in list(self._retained.values())),
+            **dict(self.counts),
         }

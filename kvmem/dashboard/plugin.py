@@ -40,7 +40,7 @@ class DashboardEndpoint:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Notes whose engines are behind this server, and its key."""
         keys = getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY") or ""
-        key = keys if isinstance(keys, str) else next(iter(keys), "")
+        key = keys if isinstance(keys, str) else next((k for k in keys if k), "")
         config = engine_client.vllm_config if engine_client is not None else None
         transfer = config.kv_transfer_config if config is not None else None
 

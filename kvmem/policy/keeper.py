@@ -148,6 +148,9 @@ class Keeper:
         before = self._branch_of.get(agent, branch)
         if before != branch and self._agent[before] == agent:
             self._settle(before, OVER)
+        other = self._agent[branch]
+        if other is not None and other != agent and self._branch_of.get(other) == branch:
+            del self._branch_of[other]  # it is the new one's now
         self._branch_of[agent], self._agent[branch] = branch, agent
 
     # -- inside ------------------------------------------------------------------------------

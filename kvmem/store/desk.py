@@ -28,6 +28,7 @@ __all__ = ["Desk", "ask"]
 MOST_ASKED = 32 << 20  # bytes of a question: a prompt of millions of tokens
 MOST_TOLD = 256 << 20
 PATIENCE_S = 2.0  # for a peer that has begun to speak
+RETRY_S = 5.0  # after nobody could be let in
 _LENGTH = struct.Struct("<I")
 _PEER = struct.Struct("3i")  # pid, uid, gid
 
@@ -52,7 +53,7 @@ class Desk:
     ) -> None:
         self.answers = dict(answers)
         self._failed = failed
-        self._closed = False
+        self._over = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.bind(_address(path))
@@ -65,7 +66,7 @@ class Desk:
 
     def close(self) -> None:
         """Ends the thread; nobody is answered any more."""
-        self._closed = True
+        self._over.set()
         try:
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         except OSError:
@@ -74,13 +75,16 @@ class Desk:
         self._socket.close()
 
     def _run(self) -> None:
-        while not self._closed:
+        while not self._over.is_set():
             try:
                 peer, _ = self._socket.accept()
             except OSError:
-                if not self._closed:
-                    self._failed("the desk's socket failed")
-                return
+                if self._over.is_set():
+                    return
+                self._failed("the desk's socket failed")
+                if self._over.wait(RETRY_S):  # no file numbers are left, say: later there may be
+                    return
+                continue
             with peer:
                 try:
                     peer.settimeout(PATIENCE_S)

@@ -8,6 +8,7 @@ have a bound (I7). Events carry numbers, names and digests, never text of a prom
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -75,9 +76,12 @@ class EventLog:
             lines.append(_line(time.time(), {"event": "dropped", "events": dropped}))
         os.write(self._fd, b"".join(lines))
         if os.fstat(self._fd).st_size >= self._most_bytes:
-            self.path.replace(self.path.with_name(f"{self.path.name}.1"))
-            os.close(self._fd)
-            self._fd = _open(self.path)
+            with contextlib.suppress(FileNotFoundError):  # somebody else has put it away
+                self.path.replace(self.path.with_name(f"{self.path.name}.1"))
+            # First the new one: a number that is closed may be another file's by the next write.
+            opened = _open(self.path)
+            full, self._fd = self._fd, opened
+            os.close(full)
 
 
 def _open(path: Path) -> int:

@@ -319,3 +319,42 @@ def test_sessions_are_bounded_and_the_oldest_loses_its_pin(
         prompt(cache, f"s{i}")
     stats = cache.sessions.stats()
     assert (stats["sessions"], stats["pinned"], cache.stats()["leases"]) == (5, 0, 0)
+
+
+def test_requests_without_a_sessions_name_are_bounded_too(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmem.cache.sessions.MOST_SESSIONS", 5)
+    assert cache.keeping is not None
+    for i in range(20):
+        ref = cache.keeping.used(f"r{i}", chain(f"r{i}", 4), None)
+        receipt = cache.sessions.do(hints.ToolStarted(tool="t"), (b"", f"request r{i}"), ref)
+        assert receipt.status in ("accepted", "deferred")
+    assert cache.sessions.stats()["sessions"] == 5
+
+
+def test_pins_made_again_and_again_leave_no_ends(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmem.cache.sessions.MOST_ENDS", 10)
+    prompt(cache, "me")
+    for _ in range(200):
+        assert do(cache, hints.Pin(for_s=99.0)).status == "accepted"
+    assert len(cache.sessions._ends) <= 11
+    assert cache.stats()["leases"] == 1
+
+
+def test_a_reset_lets_go_of_what_was_retained(cache: Cache) -> None:
+    prompt(cache, "me", 40)
+    assert do(cache, hints.Retain(for_s=99.0)).status == "accepted"
+    cache.drop("reset")
+    assert cache.sessions.stats()["retained"] == 0
+    prompt(cache, "you", 40)
+    assert do(cache, hints.Retain(for_s=99.0), "you").status == "accepted"
+
+
+def test_a_branch_that_another_takes_over_is_forgotten_by_the_first(cache: Cache) -> None:
+    assert cache.keeping is not None
+    for i in range(50):
+        prompt(cache, "same", who=(b"", f"agent {i}"), told=True)
+    assert len(cache.keeping.agents.keeper._branch_of) == 1

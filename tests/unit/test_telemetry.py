@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from kvmem import events
 from kvmem.errors import ConfigError
+from kvmem.telemetry import logs
 from kvmem.telemetry.live import Histogram, Sample, Snapshot, Tier
 from kvmem.telemetry.logs import EventLog
 from kvmem.telemetry.meter import Meter
@@ -242,6 +245,31 @@ def test_a_log_is_turned_over_at_its_bound(tmp_path: Path) -> None:
     assert former.stat().st_mode & 0o777 == path.stat().st_mode & 0o777 == 0o600
     last = [json.loads(line) for line in (former.read_text() + path.read_text()).splitlines()][-1]
     assert (last["request_id"], last["at"][-1]) == ("r19", "Z")
+
+
+def test_a_log_that_cannot_be_turned_over_writes_into_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, bus = tmp_path / "events.jsonl", events.Bus()
+    log = EventLog(path, most_bytes=100)
+    log.follow(bus)
+
+    def refuse(_: Path) -> int:
+        raise OSError(errno.EMFILE, "no more")
+
+    monkeypatch.setattr(logs, "_open", refuse)
+    bus.emit(answered(0))
+    with pytest.raises(OSError, match="no more"):  # the pump's thread tells of it
+        log.flush()
+    with (tmp_path / "another").open("wb") as other:  # would have the number that was let go
+        monkeypatch.undo()
+        bus.emit(answered(1))
+        log.flush()
+        assert os.fstat(other.fileno()).st_size == 0
+    log.close()
+    told = "".join(file.read_text() for file in tmp_path.iterdir())
+    assert "r0" in told
+    assert "r1" in told
 
 
 def test_a_log_is_no_way_out_of_its_folder(tmp_path: Path) -> None:

@@ -51,7 +51,12 @@ class Conversation:
 
         A message that differs costs all tokens from there on; it is logged, and nothing is changed.
         """
-        told = [hashlib.blake2b(_canonical(one), digest_size=16).digest() for one in messages]
+        try:
+            told = [hashlib.blake2b(_canonical(one), digest_size=16).digest() for one in messages]
+        except (TypeError, ValueError) as error:  # what is no JSON can't be compared: say nothing
+            log.debug("session %s: its messages are no JSON: %s", self.session_id, error)
+            self._sent = []
+            return None
         before, self._sent = self._sent, told
         for n, one in enumerate(before):
             if n >= len(told) or told[n] != one:

@@ -125,9 +125,10 @@ class Deltas:
         if not idle:
             if self._clock() >= self._next_s and not self._asked:
                 self._next_s = self._clock() + EVERY_S
-                self._asked = jobs.behind(self._make)
+                self._ask(jobs)
         elif first:
-            self._asked = jobs.behind(self._make) or self._asked
+            if not self._asked:
+                self._ask(jobs)
             return None
         elif self._asked:
             jobs.settle()
@@ -138,15 +139,22 @@ class Deltas:
             ready = ready.aggregate(self.ready.popleft())
         return ready
 
+    def _ask(self, jobs: Jobs) -> None:
+        """Before it is asked for: it may be made before the asking is over."""
+        self._asked = True
+        if not jobs.behind(self._make):
+            self._asked = False
+
     def _make(self) -> None:
         with self._lock:
             self._asked = False
+            now = list(self._telemetry.now())  # first: should it fail, no change is lost
             changes = self._telemetry.meter.take_changes()
             counters = [[name, list(at), more] for (name, at), more in changes.counters.items()]
             if changes.lost:
                 counters.append(["kvmem_events_dropped_total", ["histogram"], changes.lost])
             gauges = []
-            for name, labels, value in self._telemetry.now():
+            for name, labels, value in now:
                 at = (name, labels)
                 before = self._gauges.get(at)
                 if value == before:
