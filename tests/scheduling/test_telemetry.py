@@ -250,6 +250,15 @@ def test_metrics_that_fail_do_not_reach_vllm(
     assert [record.message for record in caplog.records if "kvmem: its metrics" in record.message]
 
 
+def test_metrics_that_cannot_be_made_do_not_stop_the_server(
+    config: Any, served: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from kvmem.engines.vllm.connector import KvmemConnector
+
+    assert KvmemConnector.build_prom_metrics(config, {}, ["engine"], {0: ["0"]}) is None
+    assert "go without kvmem's" in caplog.text
+
+
 _TYPES: dict[Any, Any] = {
     kind: kind
     for kind in (prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram)

@@ -369,3 +369,26 @@ def test_a_flood_is_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     client.app.state.kvmem_asked = 0
     assert client.post(HINTS, json={"version": 1, "actions": []}).status_code == 200
     assert client.app.state.kvmem_asked == 0
+
+
+# -- quotes ---------------------------------------------------------------------------------------
+
+
+def test_a_quotes_body_has_a_bound(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmem.engines.vllm.endpoint.MOST_BODY", 100)
+    assert client.post("/v1/kvmem/quote", content=b'{"prompt": "' + b"x" * 100).status_code == 413
+    assert client.post("/v1/kvmem/quote", content=b"[").status_code == 400
+
+
+def test_no_more_quotes_than_some_are_made_at_once(client: Any) -> None:
+    client.app.state.kvmem_quotes = 4
+    told = client.post("/v1/kvmem/quote", json={"prompt": [1, 2, 3]})
+    assert (told.status_code, told.json()["error"]["code"]) == (429, 429)
+    client.app.state.kvmem_quotes = 3
+    assert client.post("/v1/kvmem/quote", json={"prompt": [1, 2, 3]}).status_code != 429
+    assert client.app.state.kvmem_quotes == 3
+
+
+def test_an_engine_that_does_not_answer_is_no_engine_without_traffic(client: Any) -> None:
+    told = client.get("/v1/kvmem/metrics")  # of an arena whose owner has no desk
+    assert told.status_code == 503

@@ -251,9 +251,13 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> Any:
         """kvmem's metrics beside vLLM's own, in its /metrics."""
-        from kvmem.engines.vllm.stats import KvmemPromMetrics
+        try:
+            from kvmem.engines.vllm.stats import KvmemPromMetrics
 
-        return KvmemPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+            return KvmemPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        except Exception:
+            log.exception("kvmem: vLLM's /metrics go without kvmem's")
+            return None
 
     # -- worker side -------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["METRICS_PATH", "PATH", "QUOTE_PATH", "SwitchEndpoint"]
 
 PATH = "/v1/kvmem/switch"
+MOST_QUOTES = 4  # at once
+MOST_BODY = 32 << 20  # bytes of a question
 QUOTE_PATH = "/v1/kvmem/quote"
 METRICS_PATH = "/v1/kvmem/metrics"
 # Of a chat completion's or a completion's body: what the rendering of its prompt depends on.
@@ -132,8 +134,25 @@ class _NotQuotedError(Exception):
 
 
 async def _quote(request: Request) -> Response:
+    state = request.app.state
+    under_way = getattr(state, "kvmem_quotes", 0)
+    if under_way >= MOST_QUOTES:  # each takes one of the server's threads
+        return _error(429, f"{under_way} quotes are being made; ask again")
+    state.kvmem_quotes = under_way + 1
     try:
-        body = msgspec.json.decode(await request.body(), type=dict[str, Any])
+        return await _quoted(request)
+    finally:
+        state.kvmem_quotes -= 1
+
+
+async def _quoted(request: Request) -> Response:
+    raw = bytearray()
+    async for piece in request.stream():
+        raw += piece
+        if len(raw) > MOST_BODY:
+            return _error(413, f"A body has at most {MOST_BODY:,} bytes")
+    try:
+        body = msgspec.json.decode(raw, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return _error(400, f"{error}")
     model, models = body.get("model"), request.app.state.kvmem_models
@@ -201,6 +220,8 @@ async def _metrics(request: Request) -> Response:
         except KVMemError as error:
             return _error(503, str(error))
         found = [one for path in paths for one in snapshots(arena=path.name, sessions=0)]
+        if len(found) < len(paths):  # no figures would read as no traffic
+            return _error(503, "An engine behind this server did not answer; ask again")
         return Response(exposition(found), media_type=CONTENT_TYPE)
 
     return await run_in_threadpool(answer)
