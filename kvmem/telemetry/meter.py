@@ -152,7 +152,8 @@ class Meter:
         name = one.session[:ID_CHARS]
         turn = Turn(
             one.request_id[:ID_CHARS], name, one.began_s, one.ended_s, one.prompt, one.device,
-            one.host, one.disk, one.computed, one.disk_s, one.load_s, one.store_s, one.far, one.far_s,
+            one.host, one.disk, one.computed, one.disk_s, one.load_s, one.store_s, one.far,
+            one.far_s,
         )  # fmt: skip
         self._turns.append(turn)
         session = self._sessions.get(name)

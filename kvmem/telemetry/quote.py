@@ -20,8 +20,8 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True):
     `ms` is from the scheduler's first look at it to the end of its prefill, in an engine without
     other requests (`running` says how many there are); `ms_cold` if nothing of it were here.
     `misses` are the runs that would be computed, each with its reason and the fix, as in a receipt.
-    No far store is asked: `far` is 0, and what only such a store has counts as computed. `off` says what is off for all requests, and by whom. `exact` is False where the salt allows
-    approximate KV.
+    `off` says what is off for all requests, and by whom. `exact` is False where the salt allows
+    approximate KV. No far store is asked: `far` is 0, and what only such a store has is `computed`.
     """
 
     prompt: int
