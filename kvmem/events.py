@@ -61,8 +61,8 @@ class Loaded(Event, frozen=True, kw_only=True, tag="loaded"):
 class Answered(Event, frozen=True, kw_only=True, tag="answered"):
     """A request is over: where its prompt's tokens came from, and what it waited for.
 
-    `began_s` and `ended_s` are seconds since 1970, `disk_s`, `load_s` and `store_s` how long its
-    blocks came up from the disk, were copied to the device, and back.
+    `began_s` and `ended_s` are seconds since 1970; `disk_s` and `far_s` how long its blocks came up
+    from the disk and a far store, `load_s` and `store_s` were copied to the device, and back.
     """
 
     request_id: str
@@ -77,6 +77,8 @@ class Answered(Event, frozen=True, kw_only=True, tag="answered"):
     disk_s: float
     load_s: float
     store_s: float
+    far: int = 0
+    far_s: float = 0.0
 
 
 class Evicted(Event, frozen=True, kw_only=True, tag="evicted"):

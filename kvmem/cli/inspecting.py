@@ -172,7 +172,7 @@ def _session(told: SessionDetail) -> list[str]:
         at = time.strftime("%H:%M:%S", time.localtime(turn.began_s))
         lines.append(
             f"  {at} {turn.request_id}: {turn.prompt:,} tokens, device {turn.device:,}, "
-            f"host {turn.host:,}, disk {turn.disk:,}, computed {turn.computed:,}"
+            f"host {turn.host:,}, disk {turn.disk:,}, far {turn.far:,}, computed {turn.computed:,}"
         )
     for raw in told.explained[-1:]:
         lines += [f"  {line}" for line in explaining.lines(msgspec.convert(raw, Explained))]

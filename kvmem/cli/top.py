@@ -88,7 +88,7 @@ def _engine(now: Snapshot, before: Snapshot | None) -> list[RenderableType]:
 
 
 def _head(now: Snapshot, before: Snapshot | None) -> Text:
-    sources = ("device", "host", "disk", "computed")
+    sources = ("device", "host", "disk", "far", "computed")
     tokens = {
         name: now.total("kvmem_prompt_tokens_total", name)
         - (before.total("kvmem_prompt_tokens_total", name) if before else 0)

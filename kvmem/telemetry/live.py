@@ -71,6 +71,8 @@ class Turn(msgspec.Struct, frozen=True):
     disk_s: float
     load_s: float
     store_s: float
+    far: int = 0
+    far_s: float = 0.0
 
 
 class Session(msgspec.Struct):
@@ -91,6 +93,7 @@ class Session(msgspec.Struct):
     last_s: float = 0.0
     missed_ms: float = 0.0
     missed: dict[str, int] = {}
+    far: int = 0
 
 
 class Branch(msgspec.Struct, frozen=True):

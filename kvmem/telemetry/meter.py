@@ -141,16 +141,19 @@ class Meter:
 
     def _answered(self, one: events.Answered) -> None:
         self._add("kvmem_requests_total", ())
-        for source in ("device", "host", "disk", "computed"):
+        for source in ("device", "host", "disk", "far", "computed"):
             n = getattr(one, source)
             if n:
                 self._add("kvmem_prompt_tokens_total", (source,), n)
         if one.disk_s:
             self._observe("kvmem_disk_wait_seconds", one.disk_s)
+        if one.far_s:
+            self._observe("kvmem_far_wait_seconds", one.far_s)
         name = one.session[:ID_CHARS]
         turn = Turn(
             one.request_id[:ID_CHARS], name, one.began_s, one.ended_s, one.prompt, one.device,
-            one.host, one.disk, one.computed, one.disk_s, one.load_s, one.store_s,
+            one.host, one.disk, one.computed, one.disk_s, one.load_s, one.store_s, one.far,
+            one.far_s,
         )  # fmt: skip
         self._turns.append(turn)
         session = self._sessions.get(name)
@@ -164,8 +167,9 @@ class Meter:
         session.device += one.device
         session.host += one.host
         session.disk += one.disk
+        session.far += one.far
         session.computed += one.computed
-        session.waited_s += one.disk_s + one.load_s
+        session.waited_s += one.disk_s + one.far_s + one.load_s
         session.last_s = one.ended_s
         self._session_of[one.request_id] = name
         if len(self._session_of) > MOST_TURNS_MISSED:

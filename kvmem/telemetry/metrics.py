@@ -33,7 +33,7 @@ class Metric(msgspec.Struct, frozen=True):
 METRICS: tuple[Metric, ...] = (
     Metric("kvmem_requests_total", "counter", "Requests that are over."),
     Metric("kvmem_prompt_tokens_total", "counter",
-           "Prompt tokens by where their KV came from: device, host, disk, computed.",
+           "Prompt tokens by where their KV came from: device, host, disk, far, computed.",
            ("source",)),
     Metric("kvmem_missed_tokens_total", "counter",
            "Prompt tokens that were computed, by the reason first told.", ("reason",)),
@@ -69,6 +69,8 @@ METRICS: tuple[Metric, ...] = (
            "A step's copy from the device to the host, for one request.", (), SECONDS),
     Metric("kvmem_disk_wait_seconds", "histogram",
            "How long a request waited for blocks from the disk.", (), SECONDS),
+    Metric("kvmem_far_wait_seconds", "histogram",
+           "How long a request waited for blocks from the far store.", (), SECONDS),
     Metric("kvmem_tier_up", "gauge", "1 while a tier works, 0 while it is off.", ("tier",)),
     Metric("kvmem_tier_blocks", "gauge", "Blocks in a tier that can answer a prompt.", ("tier",)),
     Metric("kvmem_tier_bytes", "gauge", "Bytes that those blocks take.", ("tier",)),

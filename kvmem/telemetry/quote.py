@@ -21,13 +21,14 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True):
     other requests (`running` says how many there are); `ms_cold` if nothing of it were here.
     `misses` are the runs that would be computed, each with its reason and the fix, as in a receipt.
     `off` says what is off for all requests, and by whom. `exact` is False where the salt allows
-    approximate KV.
+    approximate KV. No far store is asked: `far` is 0, and what only such a store has is `computed`.
     """
 
     prompt: int
     device: int
     host: int
     disk: int
+    far: int = 0
     computed: int
     ms: float | None
     ms_cold: float | None
@@ -42,4 +43,4 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def reused(self) -> int:
         """Tokens that would not be computed."""
-        return self.device + self.host + self.disk
+        return self.prompt - self.computed

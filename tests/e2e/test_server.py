@@ -115,7 +115,7 @@ def test_a_running_engine_explains_its_requests(server: Server, arena: str) -> N
 
 
 # Token counts of a quote, and of a receipt.
-SOURCES = ("prompt", "device", "host", "disk", "computed")
+SOURCES = ("prompt", "device", "host", "disk", "far", "computed")
 
 
 def quoted(server: Server, body: dict[str, Any]) -> dict[str, Any]:

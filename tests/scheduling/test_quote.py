@@ -33,7 +33,7 @@ def quoted(engine: Engine, tokens: list[int], **more: Any) -> Quote:
     return msgspec.msgpack.decode(raw, type=Quote)
 
 
-SOURCES = ("prompt", "device", "host", "disk", "computed")
+SOURCES = ("prompt", "device", "host", "disk", "far", "computed")
 
 
 def assert_right(engine: Engine, tokens: list[int], **more: Any) -> Quote:

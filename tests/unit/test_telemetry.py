@@ -43,6 +43,7 @@ EVENTS: list[tuple[events.Event, str, tuple[str, ...], float]] = [
     (answered(), "kvmem_requests_total", (), 1),
     (answered(), "kvmem_prompt_tokens_total", ("disk",), 30),
     (answered(), "kvmem_prompt_tokens_total", ("computed",), 40),
+    (answered(far=50, far_s=0.2), "kvmem_prompt_tokens_total", ("far",), 50),
     (missed(0, "evicted", 7), "kvmem_missed_tokens_total", ("evicted",), 7),
     (missed(0, "evicted", 7), "kvmem_missed_seconds_total", ("evicted",), 0.007),
     (
@@ -310,8 +311,8 @@ def test_prometheus_reads_what_was_counted() -> None:
     def at(name: str, pid: int = 1, **labels: str) -> float:
         return found[name, frozenset({"model_name": "m", "engine": str(pid), **labels}.items())]
 
-    assert at("kvmem_prompt_tokens_total", source="disk") == 90
-    assert at("kvmem_prompt_tokens_total", 2, source="disk") == 90
+    assert at("kvmem_prompt_tokens_total", source="disk") == 120
+    assert at("kvmem_prompt_tokens_total", 2, source="disk") == 120
     assert at("kvmem_load_seconds_bucket", le="0.1") == 1
     assert at("kvmem_load_seconds_bucket", le="0.05") == 0
     assert at("kvmem_load_seconds_bucket", le="+Inf") == 1

@@ -136,7 +136,7 @@ def test_a_session_is_told_with_where_its_prompts_are_now(
     told = run("inspect", "session", "s").stdout
     for part in ("s: 2 requests, 200 prompt tokens, 150 reused (75%)", "50 tokens missed: evicted",
                  "r2: 6 blocks computed: now 32 tokens on the device, 64 on the host",
-                 "r1: 5 blocks computed\n", "r2: 100 tokens, device 30, host 40",
+                 "r1: 5 blocks computed\n", "r2: 100 tokens, device 30, host 40, disk 0, far 0",
                  "30 tokens  evicted (tier host)"):  # fmt: skip
         assert part in told
     (found,) = json.loads(run("inspect", "session", "s", "--json").stdout)

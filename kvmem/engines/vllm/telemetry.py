@@ -103,10 +103,12 @@ class Telemetry:
             device=receipt.device,
             host=receipt.host,
             disk=receipt.disk,
+            far=receipt.far,
             computed=receipt.computed,
             began_s=seen.began_s,
             ended_s=ended_s,
             disk_s=receipt.disk_ms / 1e3,
+            far_s=receipt.far_ms / 1e3,
             load_s=receipt.load_ms / 1e3,
             store_s=receipt.store_ms / 1e3,
         )
@@ -195,7 +197,7 @@ class Telemetry:
         return [*self.meter.samples(), *(Sample(*one) for one in self.now(tiers))]
 
     def tiers(self) -> tuple[Tier, ...]:
-        """Host and, where there is one, disk."""
+        """Host, disk and far store, those that there are; what a far store holds is not known."""
         half, stats = self._half, self._half.cache.stats()
         totals, block_bytes = half.totals, half.arena.slot_bytes * half.ranks
         host = Tier(
@@ -217,28 +219,32 @@ class Telemetry:
             evicted_blocks=stats["evictions"],
             faults=totals.quarantined,
         )
-        below = stats.get("disk")
-        if below is None:
-            return (host,)
-        disk = Tier(
-            name="disk",
-            on=below["on"],
-            blocks=below["published"],
-            bytes=below["used_bytes"],
-            capacity_bytes=below["disk_bytes"],
-            leased=below["leased"],
-            reserved=below["pending"],
-            under_way=below["under_way"],
-            in_blocks=below["written"],
-            in_bytes=below["bytes_written"],
-            in_s=below["io_s"],
-            out_blocks=below["read"],
-            out_bytes=below["bytes_read"],
-            out_s=below["io_s"],
-            evicted_blocks=below["evictions"],
-            faults=below["faults"],
-        )
-        return (host, disk)
+        found = [host]
+        for name in ("disk", "far"):
+            below = stats.get(name)
+            if below is None:
+                continue
+            found.append(
+                Tier(
+                    name=name,
+                    on=below["on"],
+                    blocks=below.get("published", 0),
+                    bytes=below.get("used_bytes", 0),
+                    capacity_bytes=below.get("disk_bytes", 0),
+                    leased=below.get("leased", 0),
+                    reserved=below.get("pending", 0),
+                    under_way=below["under_way"],
+                    in_blocks=below["written"],
+                    in_bytes=below["bytes_written"],
+                    in_s=below["io_s"],
+                    out_blocks=below["read"],
+                    out_bytes=below["bytes_read"],
+                    out_s=below["io_s"],
+                    evicted_blocks=below.get("evictions", 0),
+                    faults=below["faults"],
+                )
+            )
+        return tuple(found)
 
     def now(
         self, tiers: tuple[Tier, ...] | None = None

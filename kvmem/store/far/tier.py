@@ -123,6 +123,7 @@ class Far:
         self._retry_s = RETRY_S
         self._retry_at_s = float("-inf")
         self._never = False
+        self._trying = threading.Lock()  # held while it is tried whether it works
         self._trial: Future[str] | None = None
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="kvmem-far-trial")
         self._threads = [
@@ -148,6 +149,16 @@ class Far:
     @property
     def on(self) -> bool:
         """Whether the store works, as far as is known; it is tried when it is time for that."""
+        if not self._error and (self._is_on or self._never or self._closed):
+            return self._is_on
+        if not self._trying.acquire(blocking=False):
+            return False  # who looks at an engine asks too, from a thread of its own
+        try:
+            return self._tried()
+        finally:
+            self._trying.release()
+
+    def _tried(self) -> bool:
         if self._error:
             self._notice()
         if self._is_on or self._never or self._closed:
