@@ -172,7 +172,7 @@ frameworks: $(FRAMEWORKS:%=%/.installed)  ## .venv-frameworks and .venv-crewai, 
 
 .PHONY: test
 test: setup frameworks test-native  ## all tests: the native core, then Python with the real engine
-	KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+	KVMEM_REQUIRE_ENGINE=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 .PHONY: test-lmcache
 test-lmcache: setup lmcache  ## LMCache's adapters below kvmem, and kvmem's disk below LMCache

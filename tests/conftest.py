@@ -33,18 +33,9 @@ for _name, _value in (
 _counter = itertools.count()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first, so that a plain mistake shows before an engine has started.
-
-    Where several processes share the work (`-n`), a module stays in one of them, since its tests
-    share an engine, and so do all modules that use the engine of `served`.
-    """
+    """Quick tests first, so that a plain mistake shows before an engine has started."""
     items.sort(key=lambda item: ("engine" in item.keywords, "slow" in item.keywords))
-    served = {item.path for item in items if "served" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "served" if item.path in served else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -23,8 +23,8 @@ def walk(path, prefix):
     for module in pkgutil.iter_modules(path, prefix):
         if module.name in ("kvmem.engines", "kvmem.demo") or module.name.endswith("__main__"):
             continue
-        if module.name.startswith("kvmem.agents.adapters."):  # each needs its framework
-            continue
+        if module.name.startswith(("kvmem.agents.adapters.", "kvmem.dashboard.")):
+            continue  # these need what their extras bring
         loaded = importlib.import_module(module.name)
         print(module.name)
         if module.ispkg:

@@ -255,7 +255,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
             from kvmem.engines.vllm.stats import KvmemPromMetrics
 
             return KvmemPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        except Exception:
+        except Exception:  # vLLM's own server starts without kvmem's figures (I9)
             log.exception("kvmem: vLLM's /metrics go without kvmem's")
             return None
 
