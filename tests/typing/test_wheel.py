@@ -19,12 +19,14 @@ VERSIONS = ["3.11", "3.12", "3.13"]
 # What needs an engine or the demo's extra is not part of the base install.
 IMPORT_ALL = """
 import importlib, pkgutil, kvmem
+EXTRAS = ("kvmem.agents.adapters.", "kvmem.dashboard.", "kvmem.store.far.redis_",
+          "kvmem.store.far.lmcache_", "kvmem.telemetry.prometheus", "kvmem.telemetry.spans")
 def walk(path, prefix):
     for module in pkgutil.iter_modules(path, prefix):
         if module.name in ("kvmem.engines", "kvmem.demo") or module.name.endswith("__main__"):
             continue
-        if module.name.startswith(("kvmem.agents.adapters.", "kvmem.dashboard.")):
-            continue  # these need what their extras bring
+        if module.name.startswith(EXTRAS):
+            continue
         loaded = importlib.import_module(module.name)
         print(module.name)
         if module.ispkg:
