@@ -166,9 +166,10 @@ class RedisStore:
             return self._made
 
     def _forget_layout(self) -> None:
-        """After a failure a cluster is asked anew who has what."""
+        """After a failure a cluster is asked anew who has what; and redis-py counts the connections
+        that a pool made, up to a bound, also those that are gone."""
         with self._lock:
-            made, self._made = (self._made, None) if self._cluster else (None, self._made)
+            made, self._made = self._made, None
             idle = [pair for pairs in self._wires.values() for pair in pairs]
             self._wires.clear()
         for connection, _ in idle:

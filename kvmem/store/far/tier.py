@@ -339,7 +339,9 @@ class Far:
             self._never = True
             raise OSError(f"it can't forget, so it is off until the next start: {error}") from error
         with self._lock:
-            if forget and self._forgets == forgets:
+            if self._forgets != forgets:
+                return mark, forgets  # of before all was forgotten: what waits for it is dropped
+            if forget:
                 self._forget = False
             if mark != self._mark:
                 self._mark = mark
