@@ -25,6 +25,7 @@ from tests.unit.test_disk import NAMESPACE, SHARE, Host, keys, start
 
 __all__ = ["start"]  # the fixture
 CHAIN = keys(6)
+MARK = b"kvmem:1:%b:mark" % NAMESPACE.hex().encode()
 OTHER = hashlib.sha256(b"another model").digest()
 
 
@@ -238,6 +239,55 @@ def test_a_reset_of_one_engine_empties_the_store_for_all(
     assert one.get(CHAIN) == 6
 
 
+def test_a_reset_is_told_to_the_store_though_nothing_more_is_asked(
+    start: Callable[..., Host], store: MemoryStore
+) -> None:
+    one, other = start(far=lambda: store), start(far=lambda: store)
+    put(one)
+    before = far_of(one)._mark
+    one.cache.drop("test")
+    far_of(one).close()  # at once: the store is told all the same
+    assert store.values[MARK] != before
+    assert [e for e in one.bus.recent() if isinstance(e, events.Failure)] == []
+    far_of(other)._marked_s = float("-inf")
+    assert other.get(CHAIN) == 0
+
+
+def test_an_engine_that_ends_before_the_store_was_told_says_so(
+    host: Host, store: MemoryStore
+) -> None:
+    put(host)
+    store.error = OSError("it broke")
+    assert host.get(keys(3, seed=1)) == 0
+    assert not far_of(host).on
+    host.cache.drop("test")
+    far_of(host).close()
+    (failure,) = [e for e in host.bus.recent() if isinstance(e, events.Failure)]
+    assert failure.where == "far.forget"
+
+
+def test_an_answer_from_before_a_reset_brings_no_mark_back(host: Host, store: MemoryStore) -> None:
+    put(host)
+    far, mark, before = far_of(host), store.mark, far_of(host)._mark
+    answers: list[bytes] = []
+
+    def late(name: bytes, new: bytes, *, replace: bool) -> bytes:
+        found = mark(name, new, replace=replace)
+        if not replace and not answers:  # all is forgotten, and told, before this one arrives
+            answers.append(found)
+            far.forget()
+            with far._lock:
+                assert far._lock.wait_for(lambda: not far._forget, 30)
+        return found
+
+    store.mark = late  # type: ignore[method-assign]
+    far._marked_s = float("-inf")
+    forget_answers(host)
+    assert host.get(CHAIN) == 0
+    assert answers == [before]
+    assert far._mark == store.values[MARK] != before
+
+
 def test_what_was_queued_before_a_reset_is_stored_by_nobody(host: Host, store: MemoryStore) -> None:
     store.gate.clear()
     host.put(CHAIN)
@@ -250,7 +300,7 @@ def test_what_was_queued_before_a_reset_is_stored_by_nobody(host: Host, store: M
 
 def test_a_store_that_lost_its_mark_lost_all_it_had(host: Host, store: MemoryStore) -> None:
     put(host)
-    del store.values[b"kvmem:1:%b:mark" % NAMESPACE.hex().encode()]
+    del store.values[MARK]
     far_of(host)._marked_s = float("-inf")
     assert host.get(CHAIN) == 0
 
@@ -509,6 +559,9 @@ def test_a_password_is_told_to_nobody(start: Callable[..., Host]) -> None:
     for event in host.bus.recent():
         assert "secret" not in repr(event)
         assert "hidden" not in repr(event)
-    with pytest.raises(ConfigError) as refused:
-        check_url("redi://me:secret@host", {})
-    assert "secret" not in str(refused.value)
+    for url in ("redi://me:secret@host", "redis://me:secret#x@host", "redis://:pa/secret@host",
+                "redis://me:secret\u2100@host", "redis://[secret@host"):  # fmt: skip
+        with pytest.raises(ConfigError) as refused:
+            check_url(url, {})
+        assert "secret" not in str(refused.value)
+        assert refused.value.__cause__ is None

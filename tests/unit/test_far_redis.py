@@ -223,6 +223,8 @@ def test_a_password_opens_it_and_a_wrong_one_costs_hits_only(
     put(right)
     assert right.get(CHAIN) == 6
     wrong = start(far=client(server.url, KVMEM_FAR_PASSWORD="guess"))
+    named = server.url.replace("://", "://default:guess@")
+    assert fetch(client(named, KVMEM_FAR_PASSWORD="secret")(), [b"none"], 8) == [None]
     assert wrong.get(CHAIN) == 0
     (off,) = told(wrong, events.TierOff)
     assert "guess" not in off.error
@@ -273,6 +275,20 @@ def test_a_killed_server_costs_hits_and_comes_back_empty(
     assert host.get(CHAIN) == 6
     assert host.cache.check_integrity() == []
     assert host.cache.stats()["leases"] == 0
+
+
+def test_however_often_it_failed_a_server_is_found_again(
+    own: Callable[..., RedisServer],
+) -> None:
+    server = own()
+    store = RedisStore(server.url)
+    server.kill()
+    for _ in range(150):  # redis-py makes a hundred connections a pool, those that failed too
+        with pytest.raises(OSError, match="No such file"):
+            store.exists([b"x"])
+    server.start()
+    assert store.exists([b"x"]) == [False]
+    store.close()
 
 
 def test_a_server_that_hangs_is_off_within_its_time(

@@ -59,17 +59,17 @@ def check_url(url: str, environment: Mapping[str, str]) -> Callable[[], FarStore
     """
     if url.startswith(LMCACHE):
         return _lmcache(url.removeprefix(LMCACHE))
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        asked = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+    except ValueError:  # not shown: what it says of a URL may be a piece of the password
+        raise _wrong("is no URL", "Give it as docs/far.md shows, %-escaped.") from None
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise _wrong(f"has no scheme {parts.scheme!r}", f"Known: {known} and {LMCACHE}{{...}}.")
     scheme, cluster = SCHEMES[parts.scheme]
     _require("redis", "pip install 'kvmem[far]'")
-    try:
-        host, port = parts.hostname, parts.port
-        asked = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
-    except ValueError as error:
-        raise _wrong(f"is no URL: {error}", "Give it as docs/far.md shows.") from error
     if (not host and scheme != "unix") or (scheme == "unix" and not parts.path) or port == 0:
         raise _wrong("names no server", "Give it as docs/far.md shows.")
     ttl_s = _ttl(asked.pop("ttl_s", "0"))
@@ -79,14 +79,16 @@ def check_url(url: str, environment: Mapping[str, str]) -> Callable[[], FarStore
         raise _wrong(f"has no option {unknown[0]!r}", f"Known: {', '.join(allowed)}.")
     # Not geturl(): it leaves the slashes of unix:// out.
     query = f"?{urlencode(asked)}" if asked else ""
-    plain = f"{scheme}://{parts.netloc}{parts.path}{query}"
+    password = environment.get(PASSWORD) or None
+    user, at, address = parts.netloc.rpartition("@")
+    if password is not None:  # redis-py would take the URL's
+        user = user.partition(":")[0]
+    plain = f"{scheme}://{user}{at}{address}{parts.path}{query}"
 
     def make() -> FarStore:
         from kvmem.store.far.redis_store import RedisStore
 
-        return RedisStore(
-            plain, cluster=cluster, ttl_s=ttl_s, password=environment.get(PASSWORD) or None
-        )
+        return RedisStore(plain, cluster=cluster, ttl_s=ttl_s, password=password)
 
     return make
 

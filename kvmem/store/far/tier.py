@@ -38,6 +38,7 @@ BATCH_BYTES = 8 << 20
 # How old the mark may be under which blocks are looked for: so long after another engine has
 # forgotten a namespace its blocks may still answer here.
 MARK_S = 1.0
+TELL_S = 2.0  # at the end, for a store that is to be told what to forget
 # A store without room is not written to for so long.
 FULL_S = 5.0
 SLOW_SHARE = 0.2  # of the newest measurement in what is remembered
@@ -58,6 +59,13 @@ class _Batch(msgspec.Struct, frozen=True):
     moves: list[Move]
     down: bool
     forgets: int  # how often all had been forgotten when they were begun
+
+
+class _Tell(msgspec.Struct, frozen=True):
+    """The store is told that all is forgotten."""
+
+
+_Job = _Probe | _Batch | _Tell
 
 
 class Far:
@@ -108,6 +116,7 @@ class Far:
         self._over: list[Moved | Probed] = []
         self._error = ""  # what failed since `poll`
         self._writing = 0
+        self._telling = False
         self._closed = False
         self._mark = b""
         self._marked_s = float("-inf")
@@ -235,8 +244,8 @@ class Far:
     def forget(self) -> None:
         """Nothing that the namespace has in the store answers any more, for any host.
 
-        From now on here, for others within a second of the store being told. Until it was told
-        nothing is asked of it.
+        From now on here, for others within a second of the store being told, which a thread does at
+        once where the tier is on. Until it was told nothing is asked of it.
         """
         with self._lock:
             self._forget = True
@@ -248,13 +257,20 @@ class Far:
             self._reads.clear()
             self._writes.clear()
             self._forced.clear()
+            self._lock.notify_all()
 
     def close(self) -> None:
-        """Ends what is under way; what is queued is lost."""
+        """Ends what is under way; what is queued is lost, but for what is to be forgotten: the
+        store is told, or a failure is, since other hosts go on finding it."""
         with self._lock:
+            self._lock.wait_for(lambda: not (self._forget and self._is_on), TELL_S)
+            untold = self._forget
             self._closed, self._is_on = True, False
             self._lock.notify_all()
             store = self._store
+        if untold:
+            error = "the store was not told what to forget: reset another engine when it is back"
+            self._bus.emit(events.Failure(where="far.forget", error=error))
         self._aside.shutdown(wait=False, cancel_futures=True)
         if store is not None:
             try:
@@ -370,6 +386,8 @@ class Far:
             with self._lock:
                 if isinstance(job, _Batch) and job.down:
                     self._writing -= 1
+                if isinstance(job, _Tell):
+                    self._telling = False
                 self._over += over
                 self._error = self._error or error
                 if error:
@@ -379,9 +397,16 @@ class Far:
     def _has_job(self) -> bool:
         # One thread at most writes, so that a read never waits for all of them.
         writes = self._writes and (self._writing < len(self._threads) - 1 or not self._is_on)
-        return bool(self._closed or self._probes or self._reads or writes)
+        return bool(self._closed or self._tells() or self._probes or self._reads or writes)
 
-    def _take(self) -> _Probe | _Batch:
+    def _tells(self) -> bool:
+        """Whether the store is to be told to forget, and no thread does it."""
+        return self._forget and self._is_on and not self._telling
+
+    def _take(self) -> _Job:
+        if self._tells():
+            self._telling = True
+            return _Tell()
         if self._probes:
             return self._probes.popleft()
         down = not self._reads
@@ -391,12 +416,14 @@ class Far:
         n = min(self._batch, max(1, -(-len(queue) // len(self._threads))))
         return _Batch([queue.popleft() for _ in range(n)], down, self._forgets)
 
-    def _do(self, job: _Probe | _Batch) -> list[Moved | Probed]:
+    def _do(self, job: _Job) -> list[Moved | Probed]:
         if not self._is_on:
             return _all_failed(job)
         store = self._connected()
         version = self._version
         mark, forgets = self._look_at_mark(store)
+        if isinstance(job, _Tell):
+            return []
         prefix = prefix_of(self._namespace, mark)
         if isinstance(job, _Probe):
             names = [b"%b%d:%b" % (prefix, job.group, key.hex().encode()) for key in job.keys]
@@ -514,7 +541,9 @@ class Far:
         return "", [head.encode(), *(self._data[at : at + share_bytes] for at in starts)]
 
 
-def _all_failed(job: _Probe | _Batch) -> list[Moved | Probed]:
+def _all_failed(job: _Job) -> list[Moved | Probed]:
+    if isinstance(job, _Tell):
+        return []
     if isinstance(job, _Probe):
         return [Probed(job.ticket, (False,) * len(job.keys), -1)]
     return [Moved(move.ticket, IO) for move in job.moves]
