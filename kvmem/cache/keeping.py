@@ -38,6 +38,7 @@ KEY_BYTES = 32
 TREE_SLOTS = 6
 MOST_SPARE = 4096  # blocks
 PUT_RIGHT = 4  # leaves that are looked at for each prompt while LRU leads
+TOUCHED = 4  # blocks that are retained, for each that needs room
 STRANGERS = 16  # blocks of no known prompt may have such a share of the slots
 
 
@@ -186,8 +187,27 @@ class Keeping:
 
     def make_room(self, keys: Sequence[Any], start: int, n: int) -> None:
         """Before `n` slots are reserved for blocks of `keys` from `start` on."""
-        if n > self._tier.free() and not self._plain:
+        if n <= self._tier.free() or self.off:
+            return
+        if self.agents.keeper.n_retained:
+            self._safely(lambda: self._keep_young(TOUCHED * n), None)
+        if not self._plain:
             self._safely(lambda: self._make_room(keys, start, n), None)
+
+    def _keep_young(self, n: int) -> None:
+        """LRU, which may lead or come to lead, finds what is retained among its newest: some `n`
+        blocks of it, a branch after the other, so that all have had their turn before LRU comes to
+        the first one again (they are half of the slots at most)."""
+        keeper, now_s = self.agents.keeper, self.clock()
+        for _ in range(keeper.n_retained):
+            branch = keeper.next_retained(now_s)
+            if branch is None or n <= 0:
+                return
+            keys = self._packed(self.ref(branch))
+            n -= len(keys) // KEY_BYTES
+            lease, *_ = self._tier.acquire(keys, 0, len(keys) // KEY_BYTES)
+            if lease:
+                self._tier.release(lease)
 
     def _make_room(self, keys: Sequence[Any], start: int, n: int) -> None:
         # I3: what they are about to hang below does not go meanwhile.
@@ -262,8 +282,11 @@ class Keeping:
 
     def chain(self, ref: Ref) -> list[bytes]:
         """The keys of all blocks of a branch, from the root on."""
-        whole = b"".join(bytes(self._tree.keys(run)) for run in self._path(ref))
+        whole = self._packed(ref)
         return [whole[i : i + KEY_BYTES] for i in range(0, len(whole), KEY_BYTES)]
+
+    def _packed(self, ref: Ref) -> bytes:
+        return b"".join(bytes(self._tree.keys(run)) for run in self._path(ref))
 
     def cut_branch(self, ref: Ref) -> int:
         """Cuts what is the branch's alone from the host; how many blocks went."""

@@ -242,9 +242,7 @@ class Sessions:
             return answer("rejected", "the budget of what is retained is spent")
         if action.for_s is not None and for_s < action.for_s:
             return answer("clipped", f"for {MOST_S:.0f} s at most", blocks=blocks, for_s=for_s)
-        if self._keeping is not None and self._keeping.leads == "lru":
-            return answer("deferred", "plain LRU decides now", blocks=blocks, for_s=for_s)
-        return answer("accepted", blocks=blocks, for_s=for_s)
+        return answer("accepted", blocks=blocks, for_s=for_s)  # under LRU too
 
     def _hold(self, ref: Ref, for_s: float, weight: float, *, next_prompt: bool) -> int:
         assert self._keeping is not None

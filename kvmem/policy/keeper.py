@@ -110,6 +110,20 @@ class Keeper:
         """It is worth what its returns say again; whether it was retained."""
         return self._retained.pop(branch, None) is not None
 
+    def next_retained(self, now_s: float) -> int | None:
+        """One that is retained, each in its turn."""
+        for branch, (until_s, more) in list(self._retained.items()):
+            del self._retained[branch]
+            if until_s > now_s:
+                self._retained[branch] = (until_s, more)  # the last one now
+                return branch
+        return None
+
+    @property
+    def n_retained(self) -> int:
+        """How many are, those included whose time is over."""
+        return len(self._retained)
+
     def run_of(self, branch: int) -> int:
         """The run at whose end the branch lies."""
         return int(self._run[branch])

@@ -159,7 +159,7 @@ def test_the_disk_gives_back_what_the_engine_computed_over_restarts(
     host = start()
     warm = host.run(generate_one, TOKENS)
     assert warm.receipt["tokens"] == {
-        "prompt": 300, "device": 0, "host": 0, "disk": WHOLE, "computed": 300 - WHOLE,
+        "prompt": 300, "device": 0, "host": 0, "disk": WHOLE, "far": 0, "computed": 300 - WHOLE,
     }  # fmt: skip
     assert_same(warm, native)
 

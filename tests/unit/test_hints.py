@@ -292,7 +292,26 @@ def test_while_lru_leads_a_hint_is_deferred(cache: Cache) -> None:
     assert cache.keeping is not None
     cache.keeping.agents.duel.second = True
     assert do(cache, hints.ToolStarted(tool="ls")).status == "deferred"
-    assert do(cache, hints.Retain(for_s=9.0)).status == "deferred"
+
+
+@pytest.mark.parametrize("lru", [True, False])
+def test_what_is_retained_outlasts_a_crowd_whoever_leads(cache: Cache, lru: bool) -> None:
+    prompt(cache, "me")
+    prompt(cache, "other")
+    assert cache.keeping is not None
+    cache.keeping.agents.duel.second = lru
+    told = do(cache, hints.Retain(for_s=9.0))
+    assert (told.status, told.blocks) == ("accepted", 10)
+    for i in range(16):
+        prompt(cache, f"crowd-{i}")
+        cache.keeping.agents.duel.second = lru
+    assert here(cache, "me") == 10
+    assert here(cache, "other") == 0
+    do(cache, hints.Release())
+    for i in range(16):
+        prompt(cache, f"more-{i}")
+        cache.keeping.agents.duel.second = lru
+    assert here(cache, "me") == 0
 
 
 def test_a_flood_of_refusals_is_bounded_and_told_as_a_figure(cache: Cache, clock: Clock) -> None:
