@@ -37,7 +37,7 @@ KEY_BYTES = 32
 # The tree remembers so many blocks for each slot: the room, LRU's, and what was evicted.
 TREE_SLOTS = 6
 MOST_SPARE = 4096  # blocks
-PUT_RIGHT = 4  # leaves that are looked at for each prompt while LRU leads
+PUT_RIGHT = 2  # leaves that are looked at for each prompt while LRU leads
 TOUCHED = 4  # blocks that are retained, for each that needs room
 STRANGERS = 16  # blocks of no known prompt may have such a share of the slots
 
@@ -187,11 +187,11 @@ class Keeping:
 
     def make_room(self, keys: Sequence[Any], start: int, n: int) -> None:
         """Before `n` slots are reserved for blocks of `keys` from `start` on."""
-        if n <= self._tier.free() or self.off:
+        if self.off or n <= self._tier.free():
             return
         if self.agents.keeper.n_retained:
             self._safely(lambda: self._keep_young(TOUCHED * n), None)
-        if not self._plain:
+        if not self.agents.duel.second:
             self._safely(lambda: self._make_room(keys, start, n), None)
 
     def _keep_young(self, n: int) -> None:

@@ -134,7 +134,8 @@ class Agents:
             self._make(self.room, now_s)
 
     def _make(self, room: Room, now_s: float) -> None:
-        if room.used > room.capacity:
+        # A shadow may be over its capacity for as long as it is under it: half as many choices.
+        if room.used > room.capacity + (self._spare if room is not self.room else 0):
             self.trim(room, now_s, room.capacity - self._spare)
 
     def trim(self, room: Room, now_s: float, to: int) -> None:

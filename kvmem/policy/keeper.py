@@ -37,8 +37,7 @@ class Keeper:
         self._run = np.full(n, -1, np.int64)
         self._since_s = np.zeros(n)
         self._told_s = np.zeros(n)  # age up to which its wait is in `returns`
-        self._pace = np.zeros(n)
-        self._times = np.zeros(n, np.int64)
+        self._pace, self._times = [0.0] * n, [0] * n
         self._kind: list[str] = [UNKNOWN] * n
         self._class = np.zeros(n, np.int64)
         self._classes: list[Class] = [()]
@@ -67,7 +66,7 @@ class Keeper:
             self._times[branch], self._kind[branch] = 0, UNKNOWN
         else:
             branch = self._branch_at.pop(at)
-            self._back(branch, now_s - self._since_s[branch])
+            self._back(branch, now_s - float(self._since_s[branch]))
         end = path[-1]
         self._run[branch], self._branch_at[end] = end, branch
         self._since_s[branch], self._told_s[branch] = now_s, 0.0
@@ -179,24 +178,25 @@ class Keeper:
         self.returns.stale.clear()
 
     def _tell(self, branch: int, now_s: float) -> None:
-        age = now_s - self._since_s[branch]
-        self.returns.waited(self._classes[self._class[branch]], self._told_s[branch], age)
-        self._told_s[branch] = max(age, self._told_s[branch])
+        age, told = now_s - float(self._since_s[branch]), float(self._told_s[branch])
+        self.returns.waited(self._classes[self._class[branch]], told, max(age, told))
+        self._told_s[branch] = max(age, told)
 
     def _back(self, branch: int, age_s: float) -> None:
         of = self._classes[self._class[branch]]
-        self.returns.waited(of, self._told_s[branch], age_s)
+        self.returns.waited(of, float(self._told_s[branch]), age_s)
         self.returns.returned(of, age_s)
-        usual = self._pace[branch] if self._times[branch] else math.log2(age_s + 0.5)
-        self._pace[branch] = (1 - NEWEST) * usual + NEWEST * math.log2(age_s + 0.5)
+        pace = math.log2(age_s + 0.5)
+        usual = self._pace[branch] if self._times[branch] else pace
+        self._pace[branch] = (1 - NEWEST) * usual + NEWEST * pace
         self._times[branch] += 1
         if self._kind[branch] == OVER:
             self._kind[branch] = UNKNOWN
 
     def _settle(self, branch: int, kind: str) -> None:
         self._kind[branch] = kind
-        times = int(self._times[branch])
-        pace = min(PACES, max(0, round(float(self._pace[branch])))) if times else -1
+        times = self._times[branch]
+        pace = min(PACES, max(0, round(self._pace[branch]))) if times else -1
         of = self.returns.settle((kind, min(times, 2), pace))
         if of not in self._number_of:
             self.returns.stale.add(of)
@@ -212,11 +212,13 @@ class Keeper:
             self.forget(int(self._run[oldest]))
         if not self._free:
             n = len(self._run)
-            for name in ("_run", "_since_s", "_told_s", "_pace", "_times", "_class"):
+            for name in ("_run", "_since_s", "_told_s", "_class"):
                 old = getattr(self, name)
                 grown = np.zeros(2 * n, old.dtype) if name != "_run" else np.full(2 * n, -1)
                 grown[:n] = old
                 setattr(self, name, grown)
+            self._pace += [0.0] * n
+            self._times += [0] * n
             self._kind += [UNKNOWN] * n
             self._agent += [None] * n
             self._free = list(range(2 * n - 1, n - 1, -1))

@@ -28,7 +28,6 @@ Floats = npt.NDArray[np.float64]
 FIRST_S, RATIO, N_BINS = 0.5, 1.35, 48  # the last bin begins at 8 days
 EDGES_S: Floats = np.concatenate([[0.0], FIRST_S * RATIO ** np.arange(N_BINS)])
 _EDGES: list[float] = EDGES_S.tolist()
-_STARTS: Floats = EDGES_S[:-1]
 WIDTHS_S: Floats = np.diff(EDGES_S)
 MOST_CLASSES = 4096
 # Before anything was seen: a tail as heavy as the waits of agents have, 20 seconds' worth of it.
@@ -66,8 +65,11 @@ class Returns:
 
     def waited(self, of: Class, from_s: float, to_s: float) -> None:
         """One of this class was waited for, from one age to another, no lesser one."""
-        spent = _spent(to_s)
-        self._add(of, spent - _spent(from_s) if from_s > 0 else spent, 1)
+        first, last = _bin_of(from_s), _bin_of(to_s)
+        spent = WIDTHS_S[first : last + 1].copy()
+        spent[-1] = min(to_s - _EDGES[last], spent[-1])
+        spent[0] -= min(max(0.0, from_s) - _EDGES[first], float(WIDTHS_S[first]))
+        self._add(of, spent, 1, first)
 
     def waited_all(
         self, of: Sequence[Class], which: npt.NDArray[np.int64], from_s: Floats, to_s: Floats
@@ -78,10 +80,11 @@ class Returns:
         for number in np.nonzero(counts)[0].tolist():
             self._add(of[number], spent[number], int(counts[number]))
 
-    def _add(self, of: Class, spent: Floats, count: int) -> None:
+    def _add(self, of: Class, spent: Floats, count: int, first: int = 0) -> None:
+        """Seconds in the bins from that one on."""
         for n in range(len(of) + 1):
             seen = self._seen[of[:n]]
-            seen.seconds += spent
+            seen.seconds[first : first + len(spent)] += spent
             self._count(of[:n], seen, count)
 
     def _count(self, of: Class, seen: _Seen, count: int) -> None:
@@ -91,7 +94,7 @@ class Returns:
 
     def returned(self, of: Class, age_s: float) -> None:
         """It came back at this age."""
-        at = min(N_BINS - 1, max(0, bisect.bisect_right(_EDGES, age_s) - 1))
+        at = _bin_of(age_s)
         for n in range(len(of) + 1):
             seen = self._seen[of[:n]]
             seen.returns[at] += 1
@@ -114,10 +117,9 @@ class Returns:
         return seen.table
 
 
-def _spent(age_s: float) -> Floats:
-    """Seconds in each bin on the way to this age."""
-    spent: Floats = np.minimum(np.maximum(age_s - _STARTS, 0.0), WIDTHS_S)
-    return spent
+def _bin_of(age_s: float) -> int:
+    """The bin of one age."""
+    return min(N_BINS - 1, max(0, bisect.bisect_right(_EDGES, age_s) - 1))
 
 
 def _spent_by(which: npt.NDArray[np.int64], ages_s: Floats, n: int) -> Floats:

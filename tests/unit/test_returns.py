@@ -50,6 +50,21 @@ def test_a_loop_is_worth_most_just_before_it_returns() -> None:
     assert worth[at + 3] < worth[at] / 3
 
 
+def test_one_wait_counts_as_it_does_among_many() -> None:
+    draw = np.random.default_rng(3)
+    ends = np.sort(draw.lognormal(2, 3, (200, 2)), 1)
+    ends[:20, 0] = 0.0
+    ends[20:30, 1] = ends[20:30, 0]
+    one, many = Returns(), Returns()
+    of = one.settle(("tool", 1))
+    many.settle(of)
+    for from_s, to_s in ends.tolist():
+        one.waited(of, from_s, to_s)
+    many.waited_all([of], np.zeros(200, np.int64), ends[:, 0], ends[:, 1])
+    for prefix in (of, of[:1], ()):
+        assert one.hazard(prefix) == pytest.approx(many.hazard(prefix))
+
+
 def test_what_never_comes_back_is_worth_less_and_less() -> None:
     returns = Returns()
     of = returns.settle(("gone",))
