@@ -78,17 +78,20 @@ class Synthetic:
             self._put(Chain(chain.number, chain.session, chain.tenant, request, chain.marks + new))
             hit, fresh = 2 * len(chain.marks), 2 * len(new)
             ended = now - spread_s + spread_s * (at + 1) / n
-            device, host, disk = hit // 2, hit // 4, hit - hit // 2 - hit // 4
+            device, host, disk = hit // 2, hit // 4, hit // 8
+            far = hit - device - host - disk
             self._turns.append(
                 Turn(request, chain.session, ended - self._draw.uniform(0.2, 4), ended, hit + fresh,
-                     device, host, disk, fresh, self._draw.uniform(0, 0.4), 0.01, 0.01)
+                     device, host, disk, fresh, self._draw.uniform(0, 0.4), 0.01, 0.01,
+                     far, 0.02)
             )  # fmt: skip
             session = self.sessions_now.pop(chain.session)
             self.sessions_now[chain.session] = session
             session.requests += 1
             session.prompt += hit + fresh
             session.device, session.host = session.device + device, session.host + host
-            session.disk, session.computed = session.disk + disk, session.computed + fresh
+            session.disk, session.far = session.disk + disk, session.far + far
+            session.computed += fresh
             session.waited_s += 0.1
             session.missed_ms += fresh * 0.4
             session.missed["first_time"] = session.missed.get("first_time", 0) + fresh
@@ -115,11 +118,16 @@ class Synthetic:
             name="disk", on=True, blocks=9 * n, bytes=31 << 30, capacity_bytes=100 << 30,
             in_bytes=self._stamp * BLOCK_BYTES // 2, out_bytes=self._stamp * BLOCK_BYTES // 5,
         )  # fmt: skip
+        far = Tier(
+            name="far", on=True, blocks=0, bytes=0, capacity_bytes=0,
+            in_bytes=self._stamp * BLOCK_BYTES // 4,
+            out_bytes=self._stamp * BLOCK_BYTES // 9, under_way=2,
+        )  # fmt: skip
         tokens = {s: sum(getattr(one, s) for one in last) for s in
-                  ("device", "host", "disk", "computed")}  # fmt: skip
+                  ("device", "host", "disk", "far", "computed")}  # fmt: skip
         return Snapshot(
             at_s=time.time(), model="made/up", pid=1, arena=self.name, block_tokens=16,
-            block_bytes=BLOCK_BYTES, prefill_s_per_token=0.0004, tiers=(host, disk),
+            block_bytes=BLOCK_BYTES, prefill_s_per_token=0.0004, tiers=(host, disk, far),
             samples=tuple(
                 Sample("kvmem_prompt_tokens_total", (s,), float(v)) for s, v in tokens.items()
             ),

@@ -247,7 +247,7 @@ class State:
         now = self._now
         if now is None:
             return None
-        sources = ("device", "host", "disk", "computed")
+        sources = ("device", "host", "disk", "far", "computed")
         return Overview(
             engine=self.source.name,
             at_s=now.at_s,

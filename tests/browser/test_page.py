@@ -66,6 +66,11 @@ def test_the_page_is_live_and_says_nothing_on_its_console(
     assert "made/up" in browser.until(f"/made.up/.test({text('#what')}) && {text('#what')}")
     browser.until("document.querySelectorAll('#tree [role=treeitem]').length > 5")
     browser.until(f"/clock out of the system prompt/.test({text('#causes')})")
+    # The far store has its share of the hits, and its flows; how full it is nobody knows.
+    assert "in the far store" in browser.run(text("#sums"))
+    assert browser.run("document.querySelectorAll('#lanes rect.far').length") > 0
+    assert "what it holds is not known" in browser.run(text("#tiers"))
+    assert browser.run("document.querySelectorAll('#tiers .meter').length") == 2
     before = browser.run(text("#sums"))
     source.work(50)
     browser.until(f"{text('#sums')} !== {before!r}")

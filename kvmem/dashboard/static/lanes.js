@@ -4,8 +4,9 @@ import { ask } from "./api.js";
 import { clock, count, draw, empty, id, make, named, put, seconds, share, table } from "./parts.js";
 
 const state = { first: 0, most: 25, told: null, asking: false };
-const SOURCES = [["device", "device"], ["host", "host"], ["disk", "disk"], ["computed", "miss"]];
-const hits = (one) => one.device + one.host + one.disk;
+const SOURCES = [["device", "device"], ["host", "host"], ["disk", "disk"], ["far", "far"], ["computed", "miss"]];
+const hits = (one) => one.device + one.host + one.disk + one.far;
+const waits = (turn) => turn.disk_s + turn.far_s + turn.load_s;
 
 export async function refresh() {
   if (state.asking) return;
@@ -46,7 +47,7 @@ function bars(session, turns) {
       if (w) group.append(draw("rect", { class: kind, x: at, y: 2, width: w, height: 14 }));
       at += w;
     }
-    const waited = turn.disk_s + turn.load_s;
+    const waited = waits(turn);
     if (waited > 0) group.append(draw("rect", { class: "wait", x: start, y: 18, width: Math.max(2.5, Math.min(wide, x(turn.began_s + waited) - start)), height: 4 }));
     svg.append(group);
   }
@@ -54,14 +55,14 @@ function bars(session, turns) {
 }
 
 function text(turn) {
-  return `${turn.request_id}\n${clock(turn.began_s)}, ${seconds(turn.ended_s - turn.began_s)}\n${count(turn.prompt)} tokens: ${count(turn.device)} device, ${count(turn.host)} host, ${count(turn.disk)} disk, ${count(turn.computed)} computed\nwaited ${seconds(turn.disk_s + turn.load_s)} for kvmem`;
+  return `${turn.request_id}\n${clock(turn.began_s)}, ${seconds(turn.ended_s - turn.began_s)}\n${count(turn.prompt)} tokens: ${count(turn.device)} device, ${count(turn.host)} host, ${count(turn.disk)} disk, ${count(turn.far)} far, ${count(turn.computed)} computed\nwaited ${seconds(waits(turn))} for kvmem`;
 }
 
 function asTable() {
   put(id("lanes-table"), state.told.lanes.length ? table("Sessions since the engine's start", [
     ["Session", ({ session: s }) => make("button", { "data-key": s.session, on: { click: () => openSession(s.session) } }, named(s.session))],
     ["Requests", ({ session: s }) => count(s.requests), "n"], ["Prompt tokens", ({ session: s }) => count(s.prompt), "n"],
-    ["Device", ({ session: s }) => count(s.device), "n"], ["Host", ({ session: s }) => count(s.host), "n"], ["Disk", ({ session: s }) => count(s.disk), "n"],
+    ["Device", ({ session: s }) => count(s.device), "n"], ["Host", ({ session: s }) => count(s.host), "n"], ["Disk", ({ session: s }) => count(s.disk), "n"], ["Far", ({ session: s }) => count(s.far), "n"],
     ["Computed", ({ session: s }) => count(s.computed), "n"], ["Hit", ({ session: s }) => share(hits(s), s.prompt), "n"],
     ["Waited", ({ session: s }) => seconds(s.waited_s), "n"], ["Misses", ({ session: s }) => reasons(s.missed)], ["Last", ({ session: s }) => clock(s.last_s)],
   ], state.told.lanes) : empty("No session."));
@@ -75,8 +76,8 @@ export async function openSession(name) {
   id("h-session").textContent = `Session ${named(name)}`;
   const parts = [table("Last requests", [
     ["Request", (t) => t.request_id], ["Began", (t) => clock(t.began_s)], ["Took", (t) => seconds(t.ended_s - t.began_s), "n"], ["Prompt", (t) => count(t.prompt), "n"],
-    ["Device", (t) => count(t.device), "n"], ["Host", (t) => count(t.host), "n"], ["Disk", (t) => count(t.disk), "n"], ["Computed", (t) => count(t.computed), "n"],
-    ["Waited", (t) => seconds(t.disk_s + t.load_s), "n"]], told.turns)];
+    ["Device", (t) => count(t.device), "n"], ["Host", (t) => count(t.host), "n"], ["Disk", (t) => count(t.disk), "n"], ["Far", (t) => count(t.far), "n"], ["Computed", (t) => count(t.computed), "n"],
+    ["Waited", (t) => seconds(waits(t)), "n"]], told.turns)];
   const runs = told.explained.flatMap((one) => one.runs.map((run) => ({ ...run, request: one.request_id })));
   parts.push(runs.length ? table("Why they missed", [
     ["Request", (r) => r.request], ["Reason", (r) => r.reason], ["From token", (r) => count(r.first), "n"], ["Tokens", (r) => count(r.tokens), "n"],

@@ -14,9 +14,9 @@ export function show(now) {
 }
 
 function sums(now) {
-  const { device = 0, host = 0, disk = 0, computed = 0 } = now.tokens, all = device + host + disk + computed;
-  const rows = [["Prompt tokens", count(all)], ["Hit", share(device + host + disk, all)], ["on the device", share(device, all)], ["on the host", share(host, all)],
-    ["on the disk", share(disk, all)], ["Computed", count(computed)], ["Running", count(now.running)], ["Sessions", count(now.n_sessions)],
+  const { device = 0, host = 0, disk = 0, far = 0, computed = 0 } = now.tokens, hit = device + host + disk + far, all = hit + computed;
+  const rows = [["Prompt tokens", count(all)], ["Hit", share(hit, all)], ["on the device", share(device, all)], ["on the host", share(host, all)],
+    ["on the disk", share(disk, all)], ["in the far store", share(far, all)], ["Computed", count(computed)], ["Running", count(now.running)], ["Sessions", count(now.n_sessions)],
     ["Failures", count(now.failures)], ["Quarantined", count(now.quarantined)]];
   for (const [what, by] of Object.entries(now.off)) rows.push([`${what} off`, `by ${by}`]);
   if (now.last_failure) rows.push(["Last failure", now.last_failure]);
@@ -33,10 +33,16 @@ function tier({ tier: one, flows }) {
   const points = (at) => flows.map((f, i) => `${(i * 300) / Math.max(1, flows.length - 1)},${39 - (37 * f[at]) / top}`).join(" ");
   const spark = draw("svg", { class: "spark", viewBox: "0 0 300 40", preserveAspectRatio: "none", role: "img", "aria-label": `${one.name}: bytes a second in and out, at most ${size(top)}/s; the table below has them` },
     draw("polyline", { class: "in", points: points(2) }), draw("polyline", { class: "out", points: points(3) }));
-  return make("div", { class: "tier" }, make("strong", {}, `${one.name}${one.on ? "" : ", OFF"}`), ` ${size(one.bytes)} of ${size(one.capacity_bytes)} (${share(one.bytes, one.capacity_bytes)}), ${count(one.blocks)} blocks, ${count(one.leased)} leased, ${count(one.under_way)} moves under way`,
-    meter, spark, table(`${one.name}: flows`, [["", (r) => r[0]], ["now", (r) => r[1], "n"], ["since the start", (r) => r[2], "n"]], [
+  return make("div", { class: "tier" }, make("strong", {}, `${one.name}${one.on ? "" : ", OFF"}`), filled(one),
+    ...(one.capacity_bytes ? [meter] : []), spark, table(`${one.name}: flows`, [["", (r) => r[0]], ["now", (r) => r[1], "n"], ["since the start", (r) => r[2], "n"]], [
       ["in (solid)", `${size(last[2])}/s`, `${size(one.in_bytes)}, ${count(one.in_blocks)} blocks`], ["out (dashed)", `${size(last[3])}/s`, `${size(one.out_bytes)}, ${count(one.out_blocks)} blocks`],
       ["evicted", `${count(last[4])} blocks/s`, `${count(one.evicted_blocks)} blocks`]]));
+}
+
+function filled(one) {
+  const moves = `${count(one.under_way)} moves under way`;
+  if (!one.capacity_bytes) return ` what it holds is not known here, ${moves}`;
+  return ` ${size(one.bytes)} of ${size(one.capacity_bytes)} (${share(one.bytes, one.capacity_bytes)}), ${count(one.blocks)} blocks, ${count(one.leased)} leased, ${moves}`;
 }
 
 function causes(found) {
