@@ -111,8 +111,8 @@ class Sessions:
         if until and next_prompt:
             self._let_go(ref)
         parent = self._children.pop(who, None)
-        if parent is not None:
-            self._let_go(parent)
+        if parent is not None and parent not in self._children.values():
+            self._let_go(parent)  # the last child is there
 
     def _new(self, who: Who) -> _Session:
         session = self._sessions[who] = _Session()
@@ -237,6 +237,8 @@ class Sessions:
             return answer("rejected", "say for_s, until, or both")
         for_s = min(action.for_s or MOST_S, MOST_S)
         next_prompt = action.until is not None
+        for child in [child for child, parent in self._children.items() if parent == ref]:
+            del self._children[child]  # it is held for longer than until they come
         blocks = self._hold(ref, for_s, 1.0 + action.priority, next_prompt=next_prompt)
         if not blocks:
             return answer("rejected", "the budget of what is retained is spent")
@@ -268,6 +270,11 @@ class Sessions:
     def _fork(
         self, action: hints.Fork, who: Who, ref: Ref, answer: Callable[..., Receipt]
     ) -> Receipt:
+        assert self._keeping is not None
+        until_s, blocks, _ = self._retained.get(ref, (0.0, 0, False))
+        for_s = until_s - self._clock()
+        if for_s > FORK_S and self._keeping.is_known(ref):
+            return answer("accepted", "it is retained anyway", blocks=blocks, for_s=for_s)
         blocks = self._hold(ref, FORK_S, 50.0, next_prompt=False)
         if not blocks:
             return answer("rejected", "the budget of what is retained is spent")

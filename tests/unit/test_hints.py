@@ -223,6 +223,32 @@ def test_a_fork_holds_the_prompt_until_the_child_comes(cache: Cache) -> None:
     assert cache.sessions.stats()["retained"] == 0
 
 
+def test_a_fork_holds_the_prompt_until_the_last_child_comes(cache: Cache) -> None:
+    prompt(cache, "me", 20)
+    do(cache, hints.Fork(child="one"))
+    do(cache, hints.Fork(child="two"))
+    prompt(cache, "me", 30, who=(b"", "one"))
+    assert cache.sessions.stats()["retained"] == 20
+    prompt(cache, "me", 31, who=(b"", "two"))
+    assert cache.sessions.stats()["retained"] == 0
+
+
+def test_a_fork_does_not_shorten_what_was_asked_for(cache: Cache, clock: Clock) -> None:
+    prompt(cache, "me", 20)
+    do(cache, hints.Retain(for_s=600.0))
+    clock.now_s = 5.0
+    receipt = do(cache, hints.Fork(child="child"))
+    assert (receipt.status, receipt.blocks, receipt.for_s) == ("accepted", 20, 595.0)
+    prompt(cache, "me", 30, who=(b"", "child"))
+    assert cache.sessions.stats()["retained"] == 20
+    # Nor does one before it.
+    prompt(cache, "you", 10)
+    do(cache, hints.Fork(child="other"), "you")
+    do(cache, hints.Retain(for_s=600.0), "you")
+    prompt(cache, "you", 12, who=(b"", "other"))
+    assert cache.sessions.stats()["retained"] == 30
+
+
 def test_what_was_superseded_is_worth_nothing(cache: Cache) -> None:
     prompt(cache, "me")
     assert do(cache, hints.Supersede(session="me")).status == "accepted"
