@@ -63,6 +63,8 @@ METRICS: tuple[Metric, ...] = (
            "Failures inside kvmem; each cost a recompute at most.", ("where",)),
     Metric("kvmem_events_dropped_total", "counter",
            "Events that a reader was too slow for.", ("reader",)),
+    Metric("kvmem_hints_total", "counter", "Actions that hints asked for, by what became of them.",
+           ("status",)),
     Metric("kvmem_load_seconds", "histogram",
            "A request's copy from the host to the device.", (), SECONDS),
     Metric("kvmem_store_seconds", "histogram",
@@ -81,6 +83,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvmem_running_requests", "gauge", "Requests that are not over."),
     Metric("kvmem_sessions", "gauge", "Sessions that are remembered."),
     Metric("kvmem_off", "gauge", "1 where loads or stores are off for all requests.", ("what",)),
+    Metric("kvmem_policy_leads", "gauge",
+           "1 for the order that chooses what is evicted now: agents or lru.", ("order",)),
+    Metric("kvmem_policy_off", "gauge", "1 once a failure has switched the order agents off."),
     Metric("kvmem_prefill_seconds_per_token", "gauge", "Measured over the last prefill steps."),
 )  # fmt: skip
 

@@ -177,3 +177,21 @@ def test_with_a_disk_both_tiers_are_asked_and_what_a_tool_ended_for_comes_up(
         crowd(engine, 30)
         engine.assert_settled()
         assert not engine.half.cache.keeping.off
+
+
+def test_what_became_of_hints_and_who_leads_is_metered(start: Callable[..., Any]) -> None:
+    with start() as engine:
+        engine.generate(talk(1, LONG), 2, session="me")
+        hint(engine, {"do": "retain", "session": "me", "for_s": 9})
+        hint(engine, {"do": "retain", "session": "nobody", "for_s": 9})
+        half = engine.half
+        told = {(one.name, one.labels): one.value for one in half.telemetry.samples()}
+        assert told["kvmem_hints_total", ("accepted",)] == 1
+        assert told["kvmem_hints_total", ("missing",)] == 1
+        assert told["kvmem_policy_leads", ("agents",)] == 1
+        assert told["kvmem_policy_leads", ("lru",)] == 0
+        assert told["kvmem_policy_off", ()] == 0
+        half.cache.keeping.switch_off("broken on purpose")
+        told = {(one.name, one.labels): one.value for one in half.telemetry.samples()}
+        assert told["kvmem_policy_leads", ("lru",)] == 1
+        assert told["kvmem_policy_off", ()] == 1

@@ -270,6 +270,13 @@ class Telemetry:
         off = half.off()
         for what in ("loads", "stores"):
             yield "kvmem_off", (what,), float(what in off)
+        for status, n in list(half.cache.sessions.counts.items()):
+            yield "kvmem_hints_total", (status,), float(n)
+        keeping = half.cache.keeping
+        if keeping is not None:
+            for order in ("agents", "lru"):
+                yield "kvmem_policy_leads", (order,), float(keeping.leads == order)
+            yield "kvmem_policy_off", (), float(bool(keeping.off))
         yield "kvmem_running_requests", (), float(half.n_running)
         yield "kvmem_sessions", (), float(self.meter.n_sessions)
         yield "kvmem_prefill_seconds_per_token", (), half.misses.explainer.pace.s_per_token
