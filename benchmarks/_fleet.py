@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
 import sys
@@ -29,10 +30,24 @@ from benchmarks import _arms
 from benchmarks._corpus import Agent, Message
 from benchmarks._math import SeenPrefixes, gap_s, ideal_cached_tokens, percentile
 from benchmarks._process import Child, free_port
+from kvmem.engines.vllm.launch import allowed_plugins
 
-__all__ = ["Call", "Load", "Score", "Server", "Template", "play", "score", "wait_ready"]
+__all__ = [
+    "MODEL",
+    "Call",
+    "Load",
+    "Score",
+    "Server",
+    "Template",
+    "as_openai",
+    "call_of",
+    "ideals_of",
+    "play",
+    "score",
+    "wait_ready",
+]
 
-_MODEL = "smollm2"
+MODEL = "smollm2"
 _START_S = 300.0
 # What kvmem's receipt may give as the reason for a block that it did not have.
 _REASONS = frozenset(
@@ -127,11 +142,13 @@ class Server(Child):
         transfer: Mapping[str, Any] | None,
         log: Path,
         python: Path | None = None,
+        hints: bool = False,
     ) -> None:
+        """Starts it; `hints`: with kvmem's own routes, which vLLM adds only if they are named."""
         self.port = free_port()
         command = [
             *(str(python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(model), "--served-model-name", _MODEL, "--dtype", dtype),
+            *("--model", str(model), "--served-model-name", MODEL, "--dtype", dtype),
             *("--block-size", str(_arms.BLOCK_TOKENS), "--max-model-len", str(max_model_len)),
             *("--kv-cache-memory-bytes", str(device_bytes), "--enforce-eager"),
             *("--enable-prompt-tokens-details", "--enable-per-request-metrics"),
@@ -139,7 +156,13 @@ class Server(Child):
         ]
         if transfer is not None:
             command += ["--kv-transfer-config", json.dumps(transfer)]
-        super().__init__(command, log=log, env=_arms.environment_of())
+        env = _arms.environment_of()
+        plugins = allowed_plugins(os.environ) if hints else None
+        if hints and plugins is None:
+            raise SystemExit("kvmem's routes can't be added to vLLM's server here: set VLLM_PLUGINS")
+        if plugins is not None:
+            env["VLLM_PLUGINS"] = plugins
+        super().__init__(command, log=log, env=env)
 
     def is_ready(self) -> bool:
         """Whether the server takes requests.
@@ -180,7 +203,7 @@ class Server(Child):
         async with self.client() as client:
             for prompt in prompts:
                 start = time.perf_counter()
-                await client.completions.create(model=_MODEL, prompt=prompt, max_tokens=1)
+                await client.completions.create(model=MODEL, prompt=prompt, max_tokens=1)
                 seconds = time.perf_counter() - start
                 best = max(best, len(prompt) / seconds)
         return best
@@ -220,23 +243,23 @@ async def _agent(client: AsyncOpenAI, load: Load, index: int, start: float) -> l
         await asyncio.sleep(load.gap(index, turn))  # the tool runs
         sent = time.perf_counter() - start
         response = await client.chat.completions.create(
-            model=_MODEL,
-            messages=_openai(messages),
+            model=MODEL,
+            messages=as_openai(messages),
             temperature=0.0,
             max_completion_tokens=load.max_tokens,
             extra_body={"return_token_ids": True},
         )
         done = time.perf_counter() - start
-        calls.append(_call(index, turn, sent, done, response.model_dump()))
+        calls.append(call_of(index, turn, sent, done, response.model_dump()))
     return calls
 
 
-def _openai(messages: Sequence[Message]) -> list[Any]:
+def as_openai(messages: Sequence[Message]) -> list[Any]:
     """The messages as the API wants them: a tool's answer names the call it answers."""
     return [{**m, "tool_call_id": "0"} if m["role"] == "tool" else m for m in messages]
 
 
-def _call(agent: int, turn: int, sent: float, done: float, response: dict[str, Any]) -> Call:
+def call_of(agent: int, turn: int, sent: float, done: float, response: dict[str, Any]) -> Call:
     details = response["usage"].get("prompt_tokens_details") or {}
     return Call(
         agent=agent,
@@ -269,7 +292,7 @@ def score(
     Raises:
         ValueError: the arms were not sent the same prompts.
     """
-    ideals, owed = _ideals(calls, block_tokens)
+    ideals, owed = ideals_of(calls, block_tokens)
     computed = round(counters.get("vllm:prompt_tokens_by_source_total/local_compute", 0))
     prompt_tokens = sum(len(call.prompt) for call in calls)
     ideal = prompt_tokens - sum(ideals)
@@ -295,7 +318,7 @@ def score(
     )
 
 
-def _ideals(calls: Sequence[Call], block_tokens: int) -> tuple[list[int], list[int]]:
+def ideals_of(calls: Sequence[Call], block_tokens: int) -> tuple[list[int], list[int]]:
     """Of each call's prompt, the tokens that nobody need compute again, and those that were
     there for sure when it was sent.
 

@@ -19,12 +19,15 @@ __all__ = [
     "ideal_cached_tokens",
     "live_set_blocks",
     "percentile",
+    "user_gap_s",
 ]
 
 _ROOT = 0
 # Idle seconds of an agent waiting for a tool: p10, p50, p90, p99 of 25,536 real calls (the trace
 # weka_a of kv-cache-tester), with ends put to it so that every quantile is defined.
 _TOOL_GAPS = ((0.0, 1.0), (0.1, 4.0), (0.5, 9.0), (0.9, 64.0), (0.99, 980.0), (1.0, 4000.0))
+# The same of an agent waiting for a person.
+_USER_GAPS = ((0.0, 3.0), (0.1, 19.0), (0.5, 126.0), (0.9, 1114.0), (0.99, 4195.0), (1.0, 17000.0))
 
 
 class SeenPrefixes:
@@ -117,10 +120,19 @@ def gap_s(uniform: float) -> float:
     """Seconds an agent waits for its tool: the quantile `uniform` of real agents' gaps,
     log-linear between the measured ones.
     """
-    for (low, shorter), (high, longer) in itertools.pairwise(_TOOL_GAPS):
+    return _quantile(_TOOL_GAPS, uniform)
+
+
+def user_gap_s(uniform: float) -> float:
+    """The same of an agent that waits for a person."""
+    return _quantile(_USER_GAPS, uniform)
+
+
+def _quantile(measured: Sequence[tuple[float, float]], uniform: float) -> float:
+    for (low, shorter), (high, longer) in itertools.pairwise(measured):
         if uniform <= high:
             return float(shorter * (longer / shorter) ** ((uniform - low) / (high - low)))
-    return _TOOL_GAPS[-1][1]
+    return measured[-1][1]
 
 
 def _blocks(ids: Sequence[int], size: int) -> Iterable[tuple[int, ...]]:
