@@ -19,7 +19,7 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import msgspec
@@ -36,6 +36,7 @@ __all__ = [
     "MODEL",
     "Call",
     "Load",
+    "Paced",
     "Score",
     "Server",
     "Template",
@@ -70,6 +71,21 @@ class Load(msgspec.Struct, frozen=True):
         if turn == 0:
             return draw * self.gap_scale * len(self.agents)
         return min(self.gap_cap_s, self.gap_scale * gap_s(draw))
+
+
+class Paced(Protocol):
+    """What `play` is given: a `Load`, or another one's pace."""
+
+    @property
+    def agents(self) -> list[Agent]:
+        """The conversations."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of each reply."""
+
+    def gap(self, agent: int, turn: int) -> float:
+        """Seconds that an agent waits before this turn."""
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -143,8 +159,10 @@ class Server(Child):
         log: Path,
         python: Path | None = None,
         hints: bool = False,
+        more: Sequence[str] = (),
     ) -> None:
-        """Starts it; `hints`: with kvmem's own routes, which vLLM adds only if they are named."""
+        """Starts it; `hints`: with kvmem's own routes, which vLLM adds only if they are named;
+        `more`: of vLLM's own arguments."""
         self.port = free_port()
         command = [
             *(str(python or sys.executable), "-m", "vllm.entrypoints.openai.api_server"),
@@ -152,14 +170,16 @@ class Server(Child):
             *("--block-size", str(_arms.BLOCK_TOKENS), "--max-model-len", str(max_model_len)),
             *("--kv-cache-memory-bytes", str(device_bytes), "--enforce-eager"),
             *("--enable-prompt-tokens-details", "--enable-per-request-metrics"),
-            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--host", "127.0.0.1", "--port", str(self.port), *more),
         ]
         if transfer is not None:
             command += ["--kv-transfer-config", json.dumps(transfer)]
         env = _arms.environment_of()
         plugins = allowed_plugins(os.environ) if hints else None
         if hints and plugins is None:
-            raise SystemExit("kvmem's routes can't be added to vLLM's server here: set VLLM_PLUGINS")
+            raise SystemExit(
+                "kvmem's routes can't be added to vLLM's server here: set VLLM_PLUGINS"
+            )
         if plugins is not None:
             env["VLLM_PLUGINS"] = plugins
         super().__init__(command, log=log, env=env)
@@ -223,12 +243,12 @@ def wait_ready(servers: Sequence[Server]) -> None:
     servers[0].until(ready, seconds=_START_S, what="a vLLM server")
 
 
-def play(server: Server, load: Load) -> list[Call]:
+def play(server: Server, load: Paced) -> list[Call]:
     """All agents' calls, in the order they were sent."""
     return asyncio.run(_play(server, load))
 
 
-async def _play(server: Server, load: Load) -> list[Call]:
+async def _play(server: Server, load: Paced) -> list[Call]:
     start = time.perf_counter()
     async with server.client() as client, asyncio.TaskGroup() as tasks:
         agents = [
@@ -237,7 +257,7 @@ async def _play(server: Server, load: Load) -> list[Call]:
     return sorted((call for task in agents for call in task.result()), key=lambda call: call.sent_s)
 
 
-async def _agent(client: AsyncOpenAI, load: Load, index: int, start: float) -> list[Call]:
+async def _agent(client: AsyncOpenAI, load: Paced, index: int, start: float) -> list[Call]:
     calls = []
     for turn, messages in enumerate(load.agents[index].turns):
         await asyncio.sleep(load.gap(index, turn))  # the tool runs
