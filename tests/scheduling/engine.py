@@ -555,6 +555,8 @@ class Engine:
             stats = self.half.cache.stats()
             if not any(stats.get(tier, {}).get("under_way") for tier in ("disk", "far")):
                 return
+            if not stats.get("disk", {}).get("under_way"):
+                self.half.cache._far.wait(0.1)  # a cache waits for it where a request does
             self.half.cache.settle(0.1)
         raise AssertionError("moves do not end")
 
