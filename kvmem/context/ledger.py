@@ -327,6 +327,11 @@ class Ledger:
                 "The response has no token ids",
                 next_step="Send `return_token_ids: true`, as `request` does, to a vLLM server.",
             )
+        if not all(type(one) is int and 0 <= one < 1 << 31 for one in sampled):
+            raise PrefixBroken(
+                "The response's token ids are none",
+                next_step="Commit what the engine answered, unchanged.",
+            )
         lead, asked, prefill = self._asked
         sent = [*self.tokens(), *asked]
         if list(echoed) != sent:
