@@ -265,6 +265,16 @@ class Keeping:
         whole = b"".join(bytes(self._tree.keys(run)) for run in self._path(ref))
         return [whole[i : i + KEY_BYTES] for i in range(0, len(whole), KEY_BYTES)]
 
+    def n_own(self, ref: Ref) -> int:
+        """How many blocks at the branch's end are part of no other one."""
+        own, path = 0, self._path(ref)
+        for below, run in enumerate(reversed(path)):
+            shared = below and self.agents.keeper.ends_at(run)
+            if shared or self._tree.n_children(run) > min(below, 1):
+                break
+            own += self._tree.sizes[run]
+        return own
+
     def cut_branch(self, ref: Ref) -> int:
         """Cuts what is the branch's alone from the host; how many blocks went."""
         room, run = self.room, self.agents.keeper.run_of(ref[0])

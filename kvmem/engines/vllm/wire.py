@@ -56,10 +56,12 @@ class LoadPart:
 
 @dataclass(slots=True)
 class Load:
-    """All that is to be loaded for a request."""
+    """All that is to be loaded for a request; `early`: for one that has not come yet, so the engine
+    knows of no such request."""
 
     request_id: str
     parts: list[LoadPart]
+    early: bool = False
 
     @property
     def block_ids(self) -> list[int]:

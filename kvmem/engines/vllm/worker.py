@@ -150,10 +150,17 @@ class WorkerHalf:
         self._begun = orders.sequence
         self._refuse(orders.broken)
         begun = {load.request_id for load in self._loads.values()} | self._received
+        told = {done.request_id for done in self._acks.loads}
         for load in orders.loads:
-            if load.request_id not in begun:  # a load is answered once
-                self._refuse([(load.request_id, load.block_ids)])
-                self._acks.loads.append(self._nothing_of(load))
+            # A load is answered once.
+            if load.request_id not in begun and not (load.early and load.request_id in told):
+                self._give_up(load)
+
+    def _give_up(self, load: Load) -> None:
+        """A load that nothing came of; the engine hears of those that it knows of."""
+        if not load.early:
+            self._refuse([(load.request_id, load.block_ids)])
+        self._acks.loads.append(self._nothing_of(load))
 
     def _refuse(self, loads: Iterable[tuple[str, list[int]]]) -> None:
         for request_id, block_ids in loads:
@@ -201,10 +208,11 @@ class WorkerHalf:
             else:
                 self._fail("load", error)
                 done = self._nothing_of(load)
-            if done.bad:
+            if done.bad and not load.early:
                 self._spoil(load.request_id, _bad_blocks(load, done.bad))
             self._acks.loads.append(done)
-            self._received.add(load.request_id)
+            if not load.early:
+                self._received.add(load.request_id)
             del self._loads[future]
         return set(self._sent), set(self._received)
 
@@ -215,8 +223,7 @@ class WorkerHalf:
         """
         wait(self._loads)
         for load in self._loads.values():
-            self._refuse([(load.request_id, load.block_ids)])
-            self._acks.loads.append(self._nothing_of(load))
+            self._give_up(load)
         self._loads.clear()
         return set(self._sent), set(self._received)
 
