@@ -172,7 +172,11 @@ class Device:
             self.counts.refused += there > first
             return -1 if there > first else 0
         keys = chain[first : first + n]
-        new = pool.get_new_blocks(n)
+        try:
+            new = pool.get_new_blocks(n)
+        except BaseException:
+            tier.release_chain(lease)
+            raise
         self._serial += 1
         part = LoadPart(
             group=0,
