@@ -204,19 +204,23 @@ class Keeper:
 
     def _settle(self, branch: int, kind: str) -> None:
         self._kind[branch] = kind
-        times = int(self._times[branch])
-        pace = min(PACES, max(0, round(float(self._pace[branch])))) if times else -1
-        family = kind.partition(":")[0]
-        # A tool by name says more than the waits of this branch for others; what is known of all
-        # tools is lent to one not seen before.
-        named: Class = (family, kind) if family != kind else (kind, min(times, 2), pace)
-        of = self.returns.settle(named)
+        of = self.returns.settle(self._class_of(branch, kind))
         if of not in self._number_of:
             self.returns.stale.add(of)
             self._number_of[of] = len(self._classes)
             self._classes.append(of)
             self._over.append(kind == OVER)
         self._class[branch] = self._number_of[of]
+
+    def _class_of(self, branch: int, kind: str) -> Class:
+        """A tool's name, or that it is a person, says more than the branch's waits for others; what
+        is known of all tools is lent to one not seen before."""
+        family = kind.partition(":")[0]
+        if family != kind or kind == "user":
+            return (family, kind) if family != kind else (kind,)
+        times = int(self._times[branch])
+        pace = min(PACES, max(0, round(float(self._pace[branch])))) if times else -1
+        return (kind, min(times, 2), pace)
 
     def _new(self, now_s: float) -> int:
         if len(self._branch_at) >= MOST_BRANCHES:
