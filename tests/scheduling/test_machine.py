@@ -51,6 +51,7 @@ HINTS: list[dict[str, Any]] = [
     {"do": "supersede"},
     {"do": "tool_started", "tool": "ls"},
     {"do": "tool_ended", "tool": "ls"},
+    {"do": "prefetch", "to": "device"},
     {"do": "pin", "for_s": "for ever"},
 ]
 HOOKS = [
