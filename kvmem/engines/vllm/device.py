@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -32,7 +32,7 @@ from kvmem.engines.vllm.wire import Load, LoadDone, LoadPart
 if TYPE_CHECKING:
     from kvmem.engines.vllm.scheduler import SchedulerHalf
 
-__all__ = ["NEEDED", "Device"]
+__all__ = ["NEEDED", "Device", "is_early"]
 
 log = logging.getLogger("kvmem")
 
@@ -66,8 +66,8 @@ class _Loading:
     first: int
     epoch: tuple[int, bytes]
     sent: bool = False
-    told: int = 0
     failed: bool = False
+    ranks: set[int] = field(default_factory=set)  # that have told of its end
 
 
 @dataclass(slots=True)
@@ -228,6 +228,10 @@ class Device:
         """Loads that have not gone out yet, until `sent_out`."""
         return [one.load for one in self._loading.values() if not one.sent]
 
+    def awaited(self) -> list[str]:
+        """Loads whose end was not heard on all ranks."""
+        return list(self._loading)
+
     def sent_out(self) -> None:
         """The engine has the orders."""
         for one in self._loading.values():
@@ -242,16 +246,19 @@ class Device:
         """What is on its way gets no hashes any more (I5)."""
         self._resets += 1
 
-    def acknowledged(self, loads: Sequence[LoadDone]) -> None:
-        """Takes in loads that are over on a rank."""
+    def acknowledged(self, loads: Sequence[LoadDone]) -> list[LoadDone]:
+        """Takes in loads that are over on a rank; those of them that were not heard of before."""
+        fresh = []
         for done in loads:
             one = self._loading.get(done.request_id)
-            if one is None:
-                continue
-            one.told += 1
-            one.failed = one.failed or bool(done.bad)
-            if one.told == self._half.ranks:
+            if one is None or done.rank in one.ranks:
+                continue  # a request's, or told again
+            fresh.append(done)
+            one.ranks.add(done.rank)
+            one.failed = one.failed or bool(done.bad) or done.blocks != len(one.new)
+            if len(one.ranks) == self._half.ranks:
                 self._end(done.request_id, failed=one.failed)
+        return fresh
 
     def _end(self, name: str, *, failed: bool) -> None:
         one = self._loading.pop(name)
@@ -303,6 +310,11 @@ class Device:
             "under_way": sum(len(one.new) for one in list(self._loading.values())),
             "off": self.off,
         }
+
+
+def is_early(name: str) -> bool:
+    """Whether a load is one of those that belong to no request."""
+    return name.startswith(NAME)
 
 
 def _parameters_of(method: Any) -> tuple[str, ...] | None:

@@ -17,7 +17,7 @@ from kvmem.cache import Cache, Grant, Part
 from kvmem.config import Config
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.arenas import make_arena, open_tiers
-from kvmem.engines.vllm.device import Device
+from kvmem.engines.vllm.device import Device, is_early
 from kvmem.engines.vllm.flights import Flights
 from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.hinting import Hinting, install
@@ -157,7 +157,8 @@ class SchedulerHalf:
     def came_early(self, acks: Any) -> None:
         """Takes in how loads ended that belong to no request."""
         if isinstance(acks, Acks) and acks.loads:
-            self.device.acknowledged(acks.loads)
+            fresh = self.device.acknowledged(acks.loads)
+            acks.loads = [one for one in acks.loads if not is_early(one.request_id)] + fresh
 
     @property
     def n_running(self) -> int:
@@ -407,6 +408,7 @@ class SchedulerHalf:
             # A lost step may have taken all the room there is: then no store would follow it.
             confirm=bool(self.storing.outstanding),
             prove=self.proofs.wanted,
+            awaited=self.device.awaited(),
         )
 
     def wait_for_disk(self, output: SchedulerOutput) -> None:
