@@ -195,10 +195,12 @@ class StepsMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.engine.queue)
     @rule()
     def preempt_all(self) -> None:
-        """vLLM can't do this while others than running requests hold blocks."""
+        """vLLM can't do this while others than running requests hold blocks: waiting requests that
+        load, and loads to the device for no request."""
         requests = self.engine.scheduler.requests.values()
         holds = self.engine.scheduler._holds_kv_blocks
-        if all(r.status.name == "RUNNING" or not holds(r) for r in requests):
+        early = self.engine.half.device.stats()["under_way"]
+        if not early and all(r.status.name == "RUNNING" or not holds(r) for r in requests):
             self.engine.preemptions += len(self.engine.scheduler.running)
             self.engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 
@@ -259,6 +261,10 @@ class StepsMachine(RuleBasedStateMachine):
         self.seen["preemptions"] += engine.preemptions
         self.seen["kept"] += len(engine.kept)
         self.seen["failures"] += engine.half.page.failures
+        told = engine.half.device.stats()
+        assert told["off"] == "" or self.groups != "full", told
+        self.seen["brought early"] += told["brought"]
+        self.seen["brought for nothing"] += told["discarded"]
         self.seen["positions read"] += engine.forward.positions_read
 
 
@@ -298,7 +304,7 @@ def test_any_order_of_events_reads_right_and_leaves_nothing(
     faults: bool,
 ) -> None:
     seen: Counter[str] = Counter()
-    must = [*MUST, *(["blocks cut", "hints accepted"] if groups == "full" else [])]
+    must = [*MUST, *(["blocks cut", "hints accepted", "brought early"] if groups == "full" else [])]
     must += [*(["kept"] if asynchronous else []), *(["failures"] if faults else [])]
     # Examples are derandomised by the machine's name: another name, other examples. Most often one
     # lot reaches everything that must have happened, or the run would prove nothing.

@@ -21,6 +21,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -88,6 +89,7 @@ class Device:
         self._half = half
         self._pool: Any = None
         self._make_key: Callable[[Any, int], Any] | None = None
+        self._asked: dict[str, list[bytes]] = {}  # chains whose load goes out with the next step
         self._loading: dict[str, _Loading] = {}
         self._flights = half.flights
         self._serial = 0
@@ -145,53 +147,59 @@ class Device:
             coming += 1
         if coming > len(here):
             return Brought(coming - len(here), len(here))  # it is on its way
-        pool.touch(here)  # they don't go while room is made for the rest
-        try:
-            begun = self._begin(chain, here)
-        except BaseException:
-            pool.free_blocks(reversed(here))
-            raise
-        if begun <= 0:
-            pool.free_blocks(reversed(here))  # the newest now, the deepest before those above it
-        return Brought(begun, len(here))
-
-    def _begin(self, chain: list[bytes], here: list[Any]) -> int:
-        pool, tier = self._pool, self._half.cache
-        first = len(here)
-        held = sum(len(one.new) for one in self._loading.values())
-        room = min(
-            int(LOADING_SHARE * pool.num_gpu_blocks) - held,
-            pool.get_num_free_blocks() - int(FREE_SHARE * pool.num_gpu_blocks),
-        )
-        if self._half.proofs.wanted or len(self._loading) >= MOST_LOADS:
-            room = 0
-        lease, slots, generations = tier.lease_chain(chain, first, first + max(0, room))
-        n = len(slots)
-        if not n:
-            there = tier.prefix(b"".join(chain))[0]
-            self.counts.refused += there > first
-            return -1 if there > first else 0
-        keys = chain[first : first + n]
-        try:
-            new = pool.get_new_blocks(n)
-        except BaseException:
-            tier.release_chain(lease)
-            raise
+        pool.touch(here)
+        pool.free_blocks(reversed(here))  # the newest now, the deepest before those above it
+        room = self._room()
+        there = self._half.cache.prefix(b"".join(chain))[0] - len(here)
+        n = min(room, there)
+        if n <= 0:
+            self.counts.refused += there > 0
+            return Brought(-1 if there > 0 else 0, len(here))
         self._serial += 1
-        part = LoadPart(
-            group=0,
-            block_ids=np.asarray([block.block_id for block in new], np.int32),
-            slots=slots,
-            generations=generations,
-            keys=b"".join(keys),
-            verify=self._half.pick_verified(n),
-        )
-        name = f"{NAME}{self._serial}"
-        self._loading[name] = _Loading(
-            Load(name, [part], early=True), lease, here, new, keys, first, self._epoch()
-        )
-        self._flights.begin(name, keys)
-        return n
+        name, keys = f"{NAME}{self._serial}", chain[: len(here) + n]
+        self._asked[name] = keys
+        self._flights.begin(name, keys[len(here) :])
+        return Brought(n, len(here))
+
+    def _room(self) -> int:
+        """Blocks that may be taken now, at most."""
+        if self._half.proofs.wanted or len(self._loading) + len(self._asked) >= MOST_LOADS:
+            return 0
+        n_all = self._pool.num_gpu_blocks
+        held = sum(len(one.new) for one in self._loading.values())
+        free = self._pool.get_num_free_blocks() - int(FREE_SHARE * n_all)
+        return min(int(LOADING_SHARE * n_all) - held, free)
+
+    def _begin(self, name: str, chain: list[bytes]) -> None:
+        """Takes blocks for what is to be loaded; none where there is no need or no room by now."""
+        pool, cache = self._pool, self._half.cache
+        here = self._cached(chain)
+        first = len(here)
+        pool.touch(here)  # they don't go while room is made for the rest
+        lease, new = 0, []
+        try:
+            stop = min(len(chain), first + max(0, self._room()))
+            lease, slots, generations = cache.lease_chain(chain, first, stop)
+            keys = chain[first : first + len(slots)]
+            if keys:
+                new = pool.get_new_blocks(len(keys))
+                part = LoadPart(
+                    group=0,
+                    block_ids=np.asarray([block.block_id for block in new], np.int32),
+                    slots=slots,
+                    generations=generations,
+                    keys=b"".join(keys),
+                    verify=self._half.pick_verified(len(new)),
+                )
+                load = Load(name, [part], early=True)
+                self._flights.begin(name, keys)
+                self._loading[name] = _Loading(load, lease, here, new, keys, first, self._epoch())
+        finally:
+            if name not in self._loading:
+                self._flights.end(name)
+                pool.free_blocks(reversed([*here, *new]))
+                if lease:
+                    cache.release_chain(lease)
 
     def leave(self, chain: list[bytes], own: int) -> int:
         """The last `own` blocks of a chain are the next that the engine takes, the deepest first;
@@ -222,10 +230,16 @@ class Device:
     @property
     def is_busy(self) -> bool:
         """Whether the engine must step although no request asks it to."""
-        return bool(self._loading)
+        return bool(self._loading or self._asked)
 
     def orders(self) -> list[Load]:
-        """Loads that have not gone out yet, until `sent_out`."""
+        """Loads that have not gone out yet, until `sent_out`. Their blocks are taken now and not
+        before: a pool of which some are taken can't be reset."""
+        if self.why_not:
+            self._forget_asked()
+        while self._asked:
+            name, chain = self._asked.popitem()
+            self._safely(partial(self._begin, name, chain), None)
         return [one.load for one in self._loading.values() if not one.sent]
 
     def awaited(self) -> list[str]:
@@ -239,12 +253,18 @@ class Device:
 
     def break_new(self) -> None:
         """Orders that never went out are given up."""
+        self._forget_asked()
         for name in [name for name, one in self._loading.items() if not one.sent]:
             self._end(name, failed=True)
 
     def reset(self) -> None:
         """What is on its way gets no hashes any more (I5)."""
         self._resets += 1
+        self._forget_asked()
+
+    def _forget_asked(self) -> None:
+        while self._asked:
+            self._flights.end(self._asked.popitem()[0])
 
     def acknowledged(self, loads: Sequence[LoadDone]) -> list[LoadDone]:
         """Takes in loads that are over on a rank; those of them that were not heard of before."""
