@@ -159,7 +159,9 @@ class Server(Child):
         env = _arms.environment_of()
         plugins = allowed_plugins(os.environ) if hints else None
         if hints and plugins is None:
-            raise SystemExit("kvmem's routes can't be added to vLLM's server here: set VLLM_PLUGINS")
+            raise SystemExit(
+                "kvmem's routes can't be added to vLLM's server here: set VLLM_PLUGINS"
+            )
         if plugins is not None:
             env["VLLM_PLUGINS"] = plugins
         super().__init__(command, log=log, env=env)

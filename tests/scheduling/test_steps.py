@@ -121,7 +121,10 @@ def test_two_requests_of_one_step_share_what_is_stored(engine: Engine) -> None:
     engine.drain()
     told = [engine.turns[i].receipt["tokens"] for i in ids]
     # The first one's load is the second's, too: there it finds them on the device.
-    assert [(one["device"], one["host"]) for one in told] == [(0, WHOLE * BLOCK), (WHOLE * BLOCK, 0)]
+    assert [(one["device"], one["host"]) for one in told] == [
+        (0, WHOLE * BLOCK),
+        (WHOLE * BLOCK, 0),
+    ]
     assert engine.half.totals.blocks_loaded == WHOLE
     engine.assert_settled()
 

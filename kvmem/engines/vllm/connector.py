@@ -191,9 +191,7 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
         received = connector_output.finished_recving or ()
         refused = getattr(connector_output, "failed_recving", ())  # since 0.30
         # By itself: whatever else fails, blocks that were taken early go back to the engine.
-        self._safely(
-            "update_connector_output", lambda: self.scheduler.came_early(acks), _nothing
-        )
+        self._safely("update_connector_output", lambda: self.scheduler.came_early(acks), _nothing)
         self._safely(
             "update_connector_output",
             lambda: self.scheduler.acknowledged(acks if isinstance(acks, Acks) else None),

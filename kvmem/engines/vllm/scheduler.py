@@ -325,9 +325,7 @@ class SchedulerHalf:
         self._new_loads.append(request.request_id)
         if len(seen.grant.parts) == 1:
             part, keys = seen.grant.parts[0], seen.keys.of(seen.grant.parts[0].group)
-            self.flights.begin(
-                request.request_id, keys[part.first : part.first + len(part.slots)]
-            )
+            self.flights.begin(request.request_id, keys[part.first : part.first + len(part.slots)])
 
     def break_load(self, request: Request, blocks: KVCacheBlocks, n_external_tokens: int) -> None:
         """The engine was promised a load that can't be made: it is told so with the next step,

@@ -166,7 +166,9 @@ class WorkerHalf:
 
     def _tell_again(self, orders: Orders) -> None:
         """Of early loads the end is told until it was heard: else their blocks would be kept."""
-        known = self._early.keys() | {load.request_id for load in (*self._loads.values(), *orders.loads)}
+        known = self._early.keys() | {
+            load.request_id for load in (*self._loads.values(), *orders.loads)
+        }
         self._early = {name: self._early[name] for name in orders.awaited if name in self._early}
         for name in orders.awaited:
             if name not in known:  # its order did not come here
