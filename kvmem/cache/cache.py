@@ -421,13 +421,12 @@ class Cache:
         No use of them. REQUIRES: one group, closed.
         """
         stop = min(stop, self._tier.match(keys))
-        lease, n = 0, 0
         if stop > first:
             lease, n, slots, generations = self._tier.acquire(keys, first, stop, use=False)
-        if n >= stop > first:
-            return lease, slots, generations
-        if lease:
-            self._tier.release(lease)
+            if n >= stop:
+                return lease, slots, generations
+            if lease:
+                self._tier.release(lease)
         return 0, np.empty(0, np.int32), np.empty(0, np.uint64)
 
     def release_chain(self, lease: int) -> None:

@@ -1,13 +1,13 @@
 """What is on the device between requests: brought before it is asked for, or first to be evicted.
 
-    a wait is over ──▶ bring: free blocks of the engine's pool are taken, a load of what the host has
-                       goes out with the next step; when all ranks have it, the blocks get their
-                       hashes and are free again, the newest of all: the request finds them there
+    a wait is over ──▶ bring: free blocks of the engine's pool are taken, a load of what the host
+                       has goes out with the next step; when all ranks have it, the blocks get
+                       their hashes and are free again, the newest of all: the request finds them
     a session ends ──▶ leave: its own blocks are the next that the engine takes
 
 Beside a request's own way this is all that touches vLLM's `BlockPool`, and parts of it are private
-(`NEEDED`). Where one of them is missing or does something else, this is off, which is one event, and
-loads begin when the request comes (I9). It never takes blocks that are in use, nor so many that
+(`NEEDED`). Where one of them is missing or does something else, this is off, which is one event,
+and loads begin when the request comes (I9). It never takes blocks that are in use, nor so many that
 requests under way lack them, and holds them no longer than a load takes, so that a pool is whole
 again without any clock (I7).
 
