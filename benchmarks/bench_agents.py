@@ -1,6 +1,6 @@
 """What is the agent-aware policy worth on a real engine, against LRU and against LMCache?
 
-    python -m benchmarks.bench_agents [--short] [--throttle] [--data FOLDER] [--arms vllm,kvmem_lru,..]
+    python -m benchmarks.bench_agents [--short] [--throttle] [--arms vllm,kvmem_lru] ...
 
 At least 16 agents of recorded conversations (`_agents`) talk to a stock vLLM server at the same
 time. The live set is the KV bytes of the last prompts of all of them, shared prefixes once; the

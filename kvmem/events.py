@@ -164,6 +164,13 @@ class PolicyOff(Event, frozen=True, kw_only=True, tag="policy_off"):
     error: str
 
 
+class DeviceOff(Event, frozen=True, kw_only=True, tag="device_off"):
+    """Nothing is brought to the device before a request any more: vLLM's blocks are kept in another
+    way than is known here, or something failed."""
+
+    error: str
+
+
 class HintRefused(Event, frozen=True, kw_only=True, tag="hint_refused"):
     """An orchestrator's action was not, or not wholly, done: `status` of its receipt, and why.
 

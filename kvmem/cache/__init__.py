@@ -3,6 +3,6 @@
 from kvmem.cache.cache import Cache, Grant, Part, Reservation
 from kvmem.cache.far import Carrier
 from kvmem.cache.moves import Mover
-from kvmem.cache.sessions import Who
+from kvmem.cache.sessions import Brought, Who
 
-__all__ = ["Cache", "Carrier", "Grant", "Mover", "Part", "Reservation", "Who"]
+__all__ = ["Brought", "Cache", "Carrier", "Grant", "Mover", "Part", "Reservation", "Who"]

@@ -414,6 +414,25 @@ class Cache:
             if lease:
                 self._held.setdefault(request_id, _Held()).chains[group] = lease
 
+    def lease_chain(self, keys: Keys, first: int, stop: int) -> tuple[int, Slots, Words]:
+        """Blocks [first, stop) of a chain, or as many of them as are here, held for no request: a
+        lease for `release_chain` and where they lie; 0 and nothing where there are none.
+
+        No use of them. REQUIRES: one group, closed.
+        """
+        stop = min(stop, self._tier.match(keys))
+        if stop > first:
+            lease, n, slots, generations = self._tier.acquire(keys, first, stop, use=False)
+            if n >= stop:
+                return lease, slots, generations
+            if lease:
+                self._tier.release(lease)
+        return 0, np.empty(0, np.int32), np.empty(0, np.uint64)
+
+    def release_chain(self, lease: int) -> None:
+        """Ends a lease of `lease_chain`."""
+        self._tier.release(lease)
+
     # -- writing -----------------------------------------------------------------------------
 
     def reserve(

@@ -288,6 +288,16 @@ class Keeping:
     def _packed(self, ref: Ref) -> bytes:
         return b"".join(bytes(self._tree.keys(run)) for run in self._path(ref))
 
+    def n_own(self, ref: Ref) -> int:
+        """How many blocks at the branch's end are part of no other one."""
+        own, path = 0, self._path(ref)
+        for below, run in enumerate(reversed(path)):
+            shared = below and self.agents.keeper.ends_at(run)
+            if shared or self._tree.n_children(run) > min(below, 1):
+                break
+            own += self._tree.sizes[run]
+        return own
+
     def cut_branch(self, ref: Ref) -> int:
         """Cuts what is the branch's alone from the host; how many blocks went."""
         room, run = self.room, self.agents.keeper.run_of(ref[0])

@@ -14,15 +14,16 @@ import heapq
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from kvmem import events, hints
 from kvmem._core import HostTier
 from kvmem.cache.keeping import Keeping, Ref
 from kvmem.cache.moves import Moves, Promotion
 from kvmem.hints import AnyAction, Receipt, Status
-from kvmem.policy.keeper import OVER
+from kvmem.policy.keeper import BACK, OVER
 
-__all__ = ["Sessions", "Who"]
+__all__ = ["Brought", "Device", "Sessions", "Who"]
 
 Who = tuple[bytes, str]  # the salt's digest, the session's name
 
@@ -34,7 +35,28 @@ MOST_RETAINED, MOST_TOOLS, MOST_MOVES = 1024, 512, 4096
 MOST_RECEIPTS = 512
 MOST_ENDS = 4096  # of pins, before those that ended otherwise are left out
 EVENTS_S, EVENTS = 1.0, 8  # so many refusals are told in such a time
-BACK = "back"  # what a session waits for whose tool has ended
+
+
+class Brought(NamedTuple):
+    """`begun` blocks are on their way to the device, -1 where there is no room for them; it has
+    `there` of them."""
+
+    begun: int
+    there: int
+
+
+class Device(Protocol):
+    """The engine's own blocks, as far as they can be reached between requests."""
+
+    @property
+    def why_not(self) -> str:
+        """Why they can't now; empty where they can."""
+
+    def bring(self, chain: list[bytes]) -> Brought:
+        """Begins to load what is missing there of a chain, from the host."""
+
+    def leave(self, chain: list[bytes], own: int) -> int:
+        """The last `own` blocks of a chain are the first to be evicted; how many are."""
 
 
 class _Session:
@@ -84,6 +106,7 @@ class Sessions:
         self._ring: deque[tuple[bytes, Receipt]] = deque(maxlen=MOST_RECEIPTS)
         self._told_at, self._told, self._untold = 0.0, 0, 0
         self.counts: dict[str, int] = {}
+        self.device: Device | None = None
 
     # -- prompts -----------------------------------------------------------------------------
 
@@ -220,8 +243,10 @@ class Sessions:
                 return self._tool(action.tool, ref, answer)
             case hints.ToolEnded():
                 keeping.waits(ref, BACK)
-                came = self._bring_up(ref)
-                return self._soon(answer, blocks=max(0, came))
+                came = max(0, self._bring_up(ref))
+                if not came and self.device is not None:
+                    came = max(0, self.device.bring(keeping.chain(ref)).begun)
+                return self._soon(answer, blocks=came)
 
     def _soon(self, answer: Callable[..., Receipt], **more: int) -> Receipt:
         """Accepted, as far as the policy is asked."""
@@ -351,7 +376,7 @@ class Sessions:
         self, action: hints.Prefetch, ref: Ref, answer: Callable[..., Receipt]
     ) -> Receipt:
         if action.to == "device":
-            return answer("rejected", "loads to the device begin when the request comes")
+            return self._to_device(ref, answer)
         if self._moves is None:
             return answer("rejected", "there is no disk to bring it up from")
         coming = self._bring_up(ref)
@@ -359,6 +384,23 @@ class Sessions:
             return answer("rejected", "too much is on its way between host and disk")
         return answer("deferred" if coming else "accepted", "" if coming else "it is there",
                       blocks=coming)  # fmt: skip
+
+    def _to_device(self, ref: Ref, answer: Callable[..., Receipt]) -> Receipt:
+        assert self._keeping is not None
+        device = self.device
+        why = "there is none to reach" if device is None else device.why_not
+        if device is None or why:
+            return answer("rejected", f"loads to the device begin when the request comes: {why}")
+        came = self._bring_up(ref)
+        if came > 0:
+            return answer("deferred", "it comes up from the disk first", blocks=came)
+        begun, there = device.bring(self._keeping.chain(ref))
+        if begun:
+            why = "" if begun > 0 else "there is no room on the device"
+            return answer("deferred" if begun > 0 else "rejected", why, blocks=max(0, begun))
+        if not there:
+            return answer("rejected", "nothing of it is in the host")
+        return answer("accepted", "it is there", blocks=there)
 
     def _bring_up(self, ref: Ref) -> int:
         """Begins to read what the disk has beyond the host; blocks, -1 where too much moves."""
@@ -391,6 +433,8 @@ class Sessions:
         assert self._keeping is not None
         self._unpin(session)
         for ref in refs:
+            if self.device is not None:
+                self.device.leave(self._keeping.chain(ref), self._keeping.n_own(ref))
             self._let_go(ref)
             self._keeping.waits(ref, OVER)
 

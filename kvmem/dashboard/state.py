@@ -36,7 +36,8 @@ MOST_EVENTS = 200
 LANES = 100
 # Events that tell of a decision, and what was asked for by a hint.
 DECISIONS = (
-    "cleared", "evicted", "policy_off", "quarantined", "refused", "switched", "tier_off", "tier_on",
+    "cleared", "device_off", "evicted", "policy_off", "quarantined", "refused", "switched",
+    "tier_off", "tier_on",
 )  # fmt: skip
 RECEIPTS = ("hint_refused", "receipt")
 

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from kvmem.policy.returns import N_BINS, Class, Returns, bins_of
 
-__all__ = ["OVER", "Keeper"]
+__all__ = ["BACK", "OVER", "Keeper"]
 
 UNKNOWN = "?"
 OVER = "over"  # what a hint says of a conversation that has ended
+BACK = "back"  # of one whose wait is over: its prompt comes now
 MOST_BRANCHES = 65_536  # those not seen for longest are forgotten beyond that
 NEWEST = 0.4  # weight of the last wait in what is a branch's usual one
 RETAINED = 1e3  # hits a second: no wait is worth as much
@@ -39,6 +40,7 @@ class Keeper:
         self._told_s = np.zeros(n)  # age up to which its wait is in `returns`
         self._pace, self._times = [0.0] * n, [0] * n
         self._kind: list[str] = [UNKNOWN] * n
+        self._before: dict[int, str] = {}  # by branch whose wait is over: what it was
         self._class = np.zeros(n, np.int64)
         self._classes: list[Class] = [()]
         self._number_of: dict[Class, int] = {(): 0}
@@ -66,7 +68,7 @@ class Keeper:
             self._times[branch], self._kind[branch] = 0, UNKNOWN
         else:
             branch = self._branch_at.pop(at)
-            self._back(branch, now_s - float(self._since_s[branch]))
+            self._back(branch, now_s)
         end = path[-1]
         self._run[branch], self._branch_at[end] = end, branch
         self._since_s[branch], self._told_s[branch] = now_s, 0.0
@@ -82,10 +84,17 @@ class Keeper:
             self._run[branch], self._branch_at[run] = run, branch
 
     def waits(self, branch: int, kind: str, now_s: float) -> None:
-        """An orchestrator says what the branch waits for now: any word, or `OVER`.
+        """An orchestrator says what the branch waits for now: any word, `OVER` or `BACK`.
 
         Until it does so, a branch that came back is taken to wait for what it waited for before.
         """
+        before = self._kind[branch]
+        if kind != BACK:
+            self._before.pop(branch, None)
+        elif before not in (BACK, OVER):
+            self._came_back(branch, now_s)
+            self._before[branch] = before
+            self._since_s[branch], self._told_s[branch] = now_s, 0.0  # a wait of its own begins
         self._settle(branch, kind)
 
     def forget(self, run: int) -> None:
@@ -97,6 +106,7 @@ class Keeper:
             if agent is not None and self._branch_of.get(agent) == branch:
                 del self._branch_of[agent]
             self._retained.pop(branch, None)
+            self._before.pop(branch, None)
             self._free.append(branch)
             if self.on_forget is not None:
                 self.on_forget(branch)
@@ -182,28 +192,48 @@ class Keeper:
         self.returns.waited(self._classes[self._class[branch]], told, max(age, told))
         self._told_s[branch] = max(age, told)
 
-    def _back(self, branch: int, age_s: float) -> None:
-        of = self._classes[self._class[branch]]
-        self.returns.waited(of, float(self._told_s[branch]), age_s)
-        self.returns.returned(of, age_s)
-        pace = math.log2(age_s + 0.5)
-        usual = self._pace[branch] if self._times[branch] else pace
-        self._pace[branch] = (1 - NEWEST) * usual + NEWEST * pace
-        self._times[branch] += 1
+    def _back(self, branch: int, now_s: float) -> None:
+        """Its next prompt is here."""
+        if self._kind[branch] == BACK:  # the wait was over before
+            self._returned(branch, now_s)
+            self._kind[branch] = self._before.pop(branch, UNKNOWN)
+            return
+        self._came_back(branch, now_s)
         if self._kind[branch] == OVER:
             self._kind[branch] = UNKNOWN
 
+    def _came_back(self, branch: int, now_s: float) -> None:
+        """A wait of its usual ones is over."""
+        self._returned(branch, now_s)
+        pace = math.log2(now_s - float(self._since_s[branch]) + 0.5)
+        usual = self._pace[branch] if self._times[branch] else pace
+        self._pace[branch] = (1 - NEWEST) * usual + NEWEST * pace
+        self._times[branch] += 1
+
+    def _returned(self, branch: int, now_s: float) -> None:
+        of, age_s = self._classes[self._class[branch]], now_s - float(self._since_s[branch])
+        self.returns.waited(of, float(self._told_s[branch]), age_s)
+        self.returns.returned(of, age_s)
+
     def _settle(self, branch: int, kind: str) -> None:
         self._kind[branch] = kind
-        times = self._times[branch]
-        pace = min(PACES, max(0, round(self._pace[branch]))) if times else -1
-        of = self.returns.settle((kind, min(times, 2), pace))
+        of = self.returns.settle(self._class_of(branch, kind))
         if of not in self._number_of:
             self.returns.stale.add(of)
             self._number_of[of] = len(self._classes)
             self._classes.append(of)
             self._over.append(kind == OVER)
         self._class[branch] = self._number_of[of]
+
+    def _class_of(self, branch: int, kind: str) -> Class:
+        """A tool's name, or that it is a person, says more than the branch's waits for others; what
+        is known of all tools is lent to one not seen before."""
+        family = kind.partition(":")[0]
+        if family != kind or kind == "user":
+            return (family, kind) if family != kind else (kind,)
+        times = self._times[branch]
+        pace = min(PACES, max(0, round(self._pace[branch]))) if times else -1
+        return (kind, min(times, 2), pace)
 
     def _new(self, now_s: float) -> int:
         if len(self._branch_at) >= MOST_BRANCHES:

@@ -33,6 +33,13 @@ MOST_CLASSES = 4096
 # Before anything was seen: a tail as heavy as the waits of agents have, 20 seconds' worth of it.
 PRIOR: Floats = 0.3 / ((EDGES_S[:-1] + EDGES_S[1:]) / 2 + 5)
 PRIOR_S = 20.0
+# The same for kinds of waits: medians of about 9 s for tools and 2 minutes for persons, as agents
+# have them, and a second for the prompt after a wait that is over.
+PRIORS: dict[str | int, Floats] = {
+    "tool": 0.9 / ((EDGES_S[:-1] + EDGES_S[1:]) / 2 + 8),
+    "user": 0.9 / ((EDGES_S[:-1] + EDGES_S[1:]) / 2 + 110),
+    "back": np.where(EDGES_S[:-1] < 2.0, 1.0, 0.2),
+}
 LENT = 3.0  # returns that a class's hazard is lent before its own count
 STALE = 1.15  # a table is made again when its class has seen so much more
 
@@ -103,8 +110,9 @@ class Returns:
     def hazard(self, of: Class) -> Floats:
         """Returns a second in each bin of age."""
         seen = self._seen[of]
-        if not of:
-            return (seen.returns + PRIOR * PRIOR_S) / (seen.seconds + PRIOR_S)
+        prior = PRIOR if not of else PRIORS.get(of[0]) if len(of) == 1 else None
+        if prior is not None:
+            return (seen.returns + prior * PRIOR_S) / (seen.seconds + PRIOR_S)
         lent = np.maximum(self.hazard(of[:-1]), 1e-12)
         return (seen.returns + LENT) / (seen.seconds + LENT / lent)
 

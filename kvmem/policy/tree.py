@@ -62,6 +62,10 @@ class Tree:
         """Runs there are."""
         return len(self._used)
 
+    def n_children(self, run: int) -> int:
+        """Runs right below it."""
+        return len(self._children[run])
+
     def keys(self, run: int) -> bytearray:
         """The run's keys, one after another; not to be changed or kept."""
         return self._keys[run]

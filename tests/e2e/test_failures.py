@@ -43,7 +43,9 @@ HOOKS = {
     "get_num_new_matched_tokens": ("half", "match"),
     "update_state_after_alloc": ("half", "allocated"),
     "build_connector_meta": ("half", "orders"),
+    "has_pending_push_work": ("half", "has_early_loads"),
     "update_connector_output": ("half", "acknowledged"),
+    "update_connector_output.early": ("half", "came_early"),
     "update_connector_output.received": ("half", "received"),
     "request_finished": ("half", "finished"),
     "start_load_kv": ("worker", "begin"),
@@ -176,11 +178,11 @@ def with_a_wrong_block_that_nobody_checks(engine: Engine, tokens: list[int]) -> 
     arena, half = engine.half.arena, engine.half
     at = arena.data_of(slot)
     np.frombuffer(arena.buffer, np.uint8)[at : at + arena.slot_bytes] = 0
-    half._pick_verified = lambda n_blocks: np.zeros(n_blocks, np.uint8)
+    half.pick_verified = lambda n_blocks: np.zeros(n_blocks, np.uint8)
     try:
         return engine.generate([tokens])[0]
     finally:
-        del half._pick_verified
+        del half.pick_verified
         engine.settle()
         assert engine.scheduler.reset_prefix_cache(reset_connector=True)
 

@@ -51,6 +51,7 @@ HINTS: list[dict[str, Any]] = [
     {"do": "supersede"},
     {"do": "tool_started", "tool": "ls"},
     {"do": "tool_ended", "tool": "ls"},
+    {"do": "prefetch", "to": "device"},
     {"do": "pin", "for_s": "for ever"},
 ]
 HOOKS = [
@@ -194,10 +195,12 @@ class StepsMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.engine.queue)
     @rule()
     def preempt_all(self) -> None:
-        """vLLM can't do this while others than running requests hold blocks."""
+        """vLLM can't do this while others than running requests hold blocks: waiting requests that
+        load, and loads to the device for no request."""
         requests = self.engine.scheduler.requests.values()
         holds = self.engine.scheduler._holds_kv_blocks
-        if all(r.status.name == "RUNNING" or not holds(r) for r in requests):
+        early = self.engine.half.device.stats()["under_way"]
+        if not early and all(r.status.name == "RUNNING" or not holds(r) for r in requests):
             self.engine.preemptions += len(self.engine.scheduler.running)
             self.engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 
@@ -258,6 +261,10 @@ class StepsMachine(RuleBasedStateMachine):
         self.seen["preemptions"] += engine.preemptions
         self.seen["kept"] += len(engine.kept)
         self.seen["failures"] += engine.half.page.failures
+        told = engine.half.device.stats()
+        assert told["off"] == "" or self.groups != "full", told
+        self.seen["brought early"] += told["brought"]
+        self.seen["brought for nothing"] += told["discarded"]
         self.seen["positions read"] += engine.forward.positions_read
 
 

@@ -14,6 +14,7 @@ from benchmarks._math import (
     ideal_cached_tokens,
     live_set_blocks,
     percentile,
+    user_gap_s,
 )
 
 
@@ -213,3 +214,8 @@ def test_every_output_that_differs_from_the_oracle_is_wrong() -> None:
 def test_arms_that_got_other_prompts_are_not_compared() -> None:
     with pytest.raises(ValueError, match="agent 0, turn 0"):
         score([call(0, [1])], [call(0, [2])], {COMPUTED: 1.0}, block_tokens=4)
+
+
+def test_persons_take_as_long_as_they_did() -> None:
+    found = [user_gap_s(q) for q in (0.1, 0.5, 0.9, 0.99, 1.0)]
+    assert found == pytest.approx([19.0, 126.0, 1114.0, 4195.0, 17000.0])

@@ -296,3 +296,15 @@ def test_after_a_reset_nothing_of_the_old_is_counted(clock: Clock) -> None:
     assert turn(cache, "b", chain("a", 20)) == 0
     assert turn(cache, "c", chain("a", 20)) == 20
     sound(cache)
+
+
+def test_what_is_a_branchs_own_ends_where_another_one_goes_on(clock: Clock) -> None:
+    cache = cache_of(64, clock)
+    keeping = cache.keeping
+    assert keeping is not None
+    shared = chain(0, 4)
+    refs = [keeping.used(f"r{i}", [*shared, *chain(i, 3)]) for i in (1, 2)]
+    inner = keeping.used("r3", [*shared, *chain(1, 3)[:2]])
+    assert None not in (*refs, inner)
+    own = [keeping.n_own(ref) for ref in refs if ref is not None]
+    assert own == [1, 3]  # of the first one another branch ends before its last block

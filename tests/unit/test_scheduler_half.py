@@ -396,7 +396,7 @@ def test_what_was_reserved_before_a_reset_is_never_published(half: SchedulerHalf
 
 def test_verification_checks_exactly_the_share_asked_for(half: SchedulerHalf) -> None:
     half.config = Config(verify_share=0.25)
-    picked = [half._pick_verified(n) for n in (3, 1, 7, 5, 16, 8)]
+    picked = [half.pick_verified(n) for n in (3, 1, 7, 5, 16, 8)]
     assert sum(int(p.sum()) for p in picked) == 40 // 4
 
 
@@ -441,9 +441,9 @@ def test_what_the_scrub_found_is_promised_to_nobody(half: SchedulerHalf) -> None
 
 def test_memory_that_was_seen_to_fail_is_verified_in_full(half: SchedulerHalf) -> None:
     half.config = Config(verify_share=0.0)
-    assert half._pick_verified(5).tolist() == [0] * 5
+    assert half.pick_verified(5).tolist() == [0] * 5
     half.scrub = Found((0, 1, bytes(32)))  # type: ignore[assignment]
-    assert half._pick_verified(5).tolist() == [1] * 5
+    assert half.pick_verified(5).tolist() == [1] * 5
 
 
 def test_a_scrub_that_failed_is_told_once_and_costs_nothing_else(half: SchedulerHalf) -> None:

@@ -131,6 +131,12 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
         """Lets a reset see whether the engine's own prefix cache was emptied with it."""
         self._safely("bind_gpu_block_pool", lambda: self.scheduler.bind(gpu_block_pool), _nothing)
 
+    def has_pending_push_work(self) -> bool:
+        """The engine steps on while blocks come to the device that no request waits for."""
+        return self._safely(
+            "has_pending_push_work", lambda: self.scheduler.has_early_loads(), lambda: False
+        )
+
     def on_new_request(self, request: Request) -> None:
         """Reads the request's kvmem wishes."""
         self._safely("on_new_request", lambda: self.scheduler.on_new_request(request), _nothing)
@@ -184,6 +190,8 @@ class KvmemConnector(KVConnectorBase_V1, SupportsHMA):
         acks = connector_output.kv_connector_worker_meta
         received = connector_output.finished_recving or ()
         refused = getattr(connector_output, "failed_recving", ())  # since 0.30
+        # By itself: whatever else fails, blocks that were taken early go back to the engine.
+        self._safely("update_connector_output", lambda: self.scheduler.came_early(acks), _nothing)
         self._safely(
             "update_connector_output",
             lambda: self.scheduler.acknowledged(acks if isinstance(acks, Acks) else None),

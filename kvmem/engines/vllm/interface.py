@@ -242,6 +242,23 @@ OPTIONAL: tuple[Need, ...] = (
          without="requests that were made room for are not told by salt, and all KV is exact"),
     Need("name", "vllm.v1.request", "Request.skip_reading_prefix_cache",
          without="no hit is computed to be compared with what is stored"),
+    Need("hook", BASE, "KVConnectorBase_V1.has_pending_push_work",
+         without="an engine without requests does not step for what is brought to the device"),
+    *(Need("call", "vllm.v1.core.block_pool", f"BlockPool.{name}", tuple(parameters.split()),
+           without="nothing is brought to the device before it is asked for")
+      for name, parameters in (
+          ("_insert_block_hash", "block_hash_with_group_id block num_tokens"),
+          ("free_blocks", "ordered_blocks"),
+          ("get_cached_block", "block_hash kv_cache_group_ids"),
+          ("get_new_blocks", "num_blocks"),
+          ("get_num_free_blocks", ""),
+          ("touch", "blocks"))),
+    *(Need("call", "vllm.v1.core.kv_cache_utils", name, tuple(parameters.split()),
+           without="nothing is brought to the device before it is asked for")
+      for name, parameters in (
+          ("FreeKVCacheBlockQueue.prepend_n", "blocks"),
+          ("FreeKVCacheBlockQueue.remove", "block"),
+          ("make_block_hash_with_group_id", "block_hash group_id"))),
     Need("call", "vllm.v1.core.block_pool", "BlockPool.evict_blocks", ("block_ids",),
          without="new weights while requests run leave old blocks in the device's prefix cache"),
     Need("name", "vllm.v1.core.sched.scheduler", "Scheduler.failed_recving_kv_req_ids",
@@ -278,7 +295,8 @@ def missing_in(sources: Sources, needs: Sequence[Need]) -> list[str]:
 
 def lost_in(sources: Sources) -> list[str]:
     """What is lost for want of what kvmem can do without, one sentence each."""
-    return [need.without for need in OPTIONAL if need.missing(sources) is not None]
+    lost = (need.without for need in OPTIONAL if need.missing(sources) is not None)
+    return list(dict.fromkeys(lost))
 
 
 def installed_version() -> str:

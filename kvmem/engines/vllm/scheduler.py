@@ -17,6 +17,8 @@ from kvmem.cache import Cache, Grant, Part
 from kvmem.config import Config
 from kvmem.engines.vllm import support
 from kvmem.engines.vllm.arenas import make_arena, open_tiers
+from kvmem.engines.vllm.device import Device, is_early
+from kvmem.engines.vllm.flights import Flights
 from kvmem.engines.vllm.geometry import geometry_of
 from kvmem.engines.vllm.hinting import Hinting, install
 from kvmem.engines.vllm.keys import Chains
@@ -103,6 +105,10 @@ class SchedulerHalf:
         self.telemetry = Telemetry(self, vllm_config, event_log)
         self.hinting = Hinting(self)
         install()
+        self.flights = Flights(time.monotonic)
+        self.device = Device(self, self._why_not_early(vllm_config))
+        if self.cache.keeping is not None:
+            self.cache.sessions.device = self.device
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
@@ -128,9 +134,31 @@ class SchedulerHalf:
         self.bus.emit(events.Switched(loads=now.loads, stores=now.stores))
         self.page.touch()
 
+    def _why_not_early(self, vllm_config: VllmConfig) -> str:
+        """Why no blocks can be brought to the device before a request; empty where they can."""
+        if len(self.geometry.groups) > 1 or not self.geometry.shapes[0].closed:
+            return "the model's KV is not one chain of blocks"
+        if vllm_config.lora_config is not None:
+            return "the engine's names for adapters do not tell their content"
+        if self.config.approximate_salt is not None:
+            return "some sessions may be answered approximately"
+        return ""
+
     def bind(self, device_pool: BlockPool) -> None:
         """The engine's own block pool, to see what a reset left in it."""
         self._device_pool = device_pool
+        if not self.device.off:
+            self.device.bind(device_pool)
+
+    def has_early_loads(self) -> bool:
+        """Whether blocks are on their way to the device that no request waits for."""
+        return self.device.is_busy
+
+    def came_early(self, acks: Any) -> None:
+        """Takes in how loads ended that belong to no request."""
+        if isinstance(acks, Acks) and acks.loads:
+            fresh = self.device.acknowledged(acks.loads)
+            acks.loads = [one for one in acks.loads if not is_early(one.request_id)] + fresh
 
     @property
     def n_running(self) -> int:
@@ -237,6 +265,9 @@ class SchedulerHalf:
             self.proofs.wait()
             seen.grant = None
             return None, False
+        if grant.stop > start and self._comes_by_another(seen, start):
+            seen.grant = None
+            return None, False
         seen.grant = grant
         reach = self._reach(request)
         self.misses.looked_up(seen, start, grant.stop, reach, off=None, missing=grant.missing)
@@ -247,6 +278,14 @@ class SchedulerHalf:
         seen.receipt.disk_ms, seen.receipt.far_ms = grant.disk_s * 1e3, grant.far_s * 1e3
         self.hinting.matched(seen)
         return (grant.stop - start, True) if grant.stop > start else (0, False)
+
+    def _comes_by_another(self, seen: Seen, start: int) -> bool:
+        """Whether what the device lacks of a prompt is being loaded already, so that the engine
+        will have it itself soon."""
+        if len(self.geometry.groups) > 1:
+            return False
+        key = seen.keys.of(0)[start // self.geometry.block_tokens]
+        return self.flights.waits(seen.request.request_id, key)
 
     def _reach(self, request: Request) -> int:
         """Tokens of the prompt that can be answered at most."""
@@ -284,6 +323,9 @@ class SchedulerHalf:
         seen.loading = True
         seen.load_began = getattr(request, "num_preemptions", 0)
         self._new_loads.append(request.request_id)
+        if len(seen.grant.parts) == 1:
+            part, keys = seen.grant.parts[0], seen.keys.of(seen.grant.parts[0].group)
+            self.flights.begin(request.request_id, keys[part.first : part.first + len(part.slots)])
 
     def break_load(self, request: Request, blocks: KVCacheBlocks, n_external_tokens: int) -> None:
         """The engine was promised a load that can't be made: it is told so with the next step,
@@ -304,6 +346,7 @@ class SchedulerHalf:
         if request_id in self._new_loads:  # it must be answered once: loaded or broken
             self._new_loads.remove(request_id)
         self._broken[request_id] = block_ids
+        self.flights.end(request_id)
         seen = self._seen.get(request_id)
         if seen is not None:
             seen.loading = True
@@ -325,6 +368,7 @@ class SchedulerHalf:
             seen = self._seen.get(request_id)
             if seen is not None and seen.grant is not None:
                 orders.loads.append(self._load(request_id, seen, seen.grant))
+        orders.loads += self.device.orders()
         for request_id, n_tokens in output.num_scheduled_tokens.items():
             seen = self._seen.get(request_id)
             if seen is None:
@@ -362,6 +406,7 @@ class SchedulerHalf:
             # A lost step may have taken all the room there is: then no store would follow it.
             confirm=bool(self.storing.outstanding),
             prove=self.proofs.wanted,
+            awaited=self.device.awaited(),
         )
 
     def wait_for_disk(self, output: SchedulerOutput) -> None:
@@ -387,6 +432,7 @@ class SchedulerHalf:
 
         The answer are the finished requests that went with them, which can be forgotten.
         """
+        self.device.sent_out()
         finished, self._to_finish = self._to_finish, []
         self._broken, self._new_loads = {}, []
         return finished
@@ -397,11 +443,13 @@ class SchedulerHalf:
             if request_id in self._to_finish:
                 self._to_finish.remove(request_id)
             self._seen.pop(request_id, None)
+            self.flights.forget(request_id)
             self.shadows.release(request_id)
             self.cache.release(request_id)
 
     def break_new_loads(self) -> None:
         """Loads that never went out are broken instead (after a failure in `orders`)."""
+        self.device.break_new()
         for request_id in list(self._new_loads):
             seen = self._seen.get(request_id)
             if seen is not None:
@@ -422,10 +470,10 @@ class SchedulerHalf:
             slots=part.slots[:n_blocks],
             generations=part.generations[:n_blocks],
             keys=b"".join(keys),
-            verify=self._pick_verified(n_blocks),
+            verify=self.pick_verified(n_blocks),
         )
 
-    def _pick_verified(self, n_blocks: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def pick_verified(self, n_blocks: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Which blocks are checked against their checksum: an exact share, evenly spread; all, once
         the scrub has seen this memory fail. What it found may have been promised before."""
         if self.scrub is not None and self.scrub.faults:
@@ -450,6 +498,7 @@ class SchedulerHalf:
             self.totals.shadowed += compared.blocks
             self.totals.quarantined += self.shadows.told(compared)
             if compared.bad:
+                self.device.reset()
                 if not self.live.empty_device():
                     self._was_reset = True  # nothing is stored on top of what it still has
                 self.failed("shadow", f"{len(compared.bad)} blocks differ by {compared.worst:.3g}")
@@ -475,6 +524,7 @@ class SchedulerHalf:
     def received(self, request_ids: Iterable[str]) -> None:
         """Loads that are over, well or not."""
         for request_id in request_ids:
+            self.flights.end(request_id)
             seen = self._seen.get(request_id)
             if seen is not None:
                 seen.loading = False
@@ -562,6 +612,7 @@ class SchedulerHalf:
         Slots that the worker may still be writing stay reserved until it reports them (I3).
         """
         self.cache.drop("reset")
+        self.device.reset()
         self.shadows.clear()
         for seen in self._seen.values():
             seen.stale = True

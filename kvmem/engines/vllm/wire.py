@@ -56,10 +56,12 @@ class LoadPart:
 
 @dataclass(slots=True)
 class Load:
-    """All that is to be loaded for a request."""
+    """All that is to be loaded for a request; `early`: for one that has not come yet, so the engine
+    knows of no such request."""
 
     request_id: str
     parts: list[LoadPart]
+    early: bool = False
 
     @property
     def block_ids(self) -> list[int]:
@@ -112,7 +114,7 @@ class Orders(KVConnectorMetadata):
     device blocks are kept by the engine until the worker names them as sent. `broken` are
     requests whose load was promised and cannot be made: (request, device blocks). `confirm` asks
     for an acknowledgement even of a step that stores nothing, `prove` for what the worker's proof
-    found.
+    found. `awaited` are early loads of which no end was heard: a worker tells of those again.
     """
 
     sequence: int
@@ -124,6 +126,7 @@ class Orders(KVConnectorMetadata):
     broken: list[tuple[str, list[int]]] = field(default_factory=list)
     confirm: bool = False
     prove: bool = False
+    awaited: list[str] = field(default_factory=list)
     compares: list[Compare] = field(default_factory=list)
 
 

@@ -79,6 +79,7 @@ class WorkerHalf:
         self._begun = 0
         self._loads: dict[Future[LoadDone], Load] = {}
         self._received: set[str] = set()
+        self._early: dict[str, LoadDone] = {}  # that are over, until the other half has heard it
         self._sent: set[str] = set()
         # What the engine must compute after all: blocks where it has one group of them, whole
         # requests where the blocks' numbers mean nothing without their group.
@@ -137,6 +138,7 @@ class WorkerHalf:
             return
         self._begun = orders.sequence
         self._refuse(orders.broken)
+        self._tell_again(orders)
         if orders.prove:
             self._acks.proofs = [ProofDone(self.rank, self._proof)]
         if orders.loads and not self._map(orders.arena):
@@ -151,9 +153,26 @@ class WorkerHalf:
         self._refuse(orders.broken)
         begun = {load.request_id for load in self._loads.values()} | self._received
         for load in orders.loads:
-            if load.request_id not in begun:  # a load is answered once
-                self._refuse([(load.request_id, load.block_ids)])
-                self._acks.loads.append(self._nothing_of(load))
+            if load.request_id not in begun | self._early.keys():  # a load is answered once
+                self._give_up(load)
+
+    def _give_up(self, load: Load) -> None:
+        """A load that nothing came of; the engine hears of those that it knows of."""
+        if load.early:
+            self._early[load.request_id] = self._nothing_of(load)
+            return
+        self._refuse([(load.request_id, load.block_ids)])
+        self._acks.loads.append(self._nothing_of(load))
+
+    def _tell_again(self, orders: Orders) -> None:
+        """Of early loads the end is told until it was heard: else their blocks would be kept."""
+        known = self._early.keys() | {
+            load.request_id for load in (*self._loads.values(), *orders.loads)
+        }
+        self._early = {name: self._early[name] for name in orders.awaited if name in self._early}
+        for name in orders.awaited:
+            if name not in known:  # its order did not come here
+                self._early[name] = LoadDone(name, self.rank, 0, 0, 0.0)
 
     def _refuse(self, loads: Iterable[tuple[str, list[int]]]) -> None:
         for request_id, block_ids in loads:
@@ -201,10 +220,13 @@ class WorkerHalf:
             else:
                 self._fail("load", error)
                 done = self._nothing_of(load)
-            if done.bad:
-                self._spoil(load.request_id, _bad_blocks(load, done.bad))
-            self._acks.loads.append(done)
-            self._received.add(load.request_id)
+            if load.early:
+                self._early[load.request_id] = done
+            else:
+                if done.bad:
+                    self._spoil(load.request_id, _bad_blocks(load, done.bad))
+                self._acks.loads.append(done)
+                self._received.add(load.request_id)
             del self._loads[future]
         return set(self._sent), set(self._received)
 
@@ -215,8 +237,7 @@ class WorkerHalf:
         """
         wait(self._loads)
         for load in self._loads.values():
-            self._refuse([(load.request_id, load.block_ids)])
-            self._acks.loads.append(self._nothing_of(load))
+            self._give_up(load)
         self._loads.clear()
         return set(self._sent), set(self._received)
 
@@ -305,6 +326,7 @@ class WorkerHalf:
         held = self._adapters.news() if self._adapters is not None else None
         if held is not None:
             acks.adapters.append(held)
+        acks.loads += self._early.values()
         told = (acks.stores, acks.loads, acks.failures, acks.adapters, acks.proofs, acks.compared)
         if not any(told):
             return None
