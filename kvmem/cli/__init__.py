@@ -402,7 +402,8 @@ def lint(
         bool, typer.Option("--requests", help="In JSON every request's cached tokens too.")
     ] = False,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Write a repaired copy, NAME.fixed.EXT; what is safe only.")
+        bool,
+        typer.Option("--fix", help="Write a repaired copy, NAME.fixed.EXT; what is safe only."),
     ] = False,
 ) -> None:
     """Find what broke the prefix of prompts: each turn against the one before it.
