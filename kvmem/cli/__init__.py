@@ -1,5 +1,5 @@
-"""The kvmem command: `demo`, `serve`, `gateway`, `top`, `dashboard`, `stats`, `explain`, `quote`,
-`inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`.
+"""The kvmem command: `demo`, `serve`, `node`, `gateway`, `top`, `dashboard`, `stats`, `explain`,
+`quote`, `inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -18,7 +18,7 @@ import msgspec
 import typer
 
 from kvmem import config
-from kvmem.cli import looking
+from kvmem.cli import looking, node
 from kvmem.errors import KVMemError
 
 __all__ = ["app", "main"]
@@ -47,6 +47,7 @@ bit, when a prompt begins the same way.
 \b
   kvmem demo              see what it does, on a real model and this CPU
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
+  kvmem node              one cache for all engines of this host
   kvmem gateway           text histories of any client become exact tokens, before an engine
   kvmem top               the running engines, live
   kvmem dashboard         the same as a page, with the tree of prompts
@@ -455,6 +456,7 @@ def replay(
 
 
 looking.add(app)
+app.add_typer(node.app, name="node")
 
 
 def _is_on(given: Literal["on", "off"] | None) -> bool | None:

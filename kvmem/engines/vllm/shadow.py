@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvmem.engines.copiers import Copier
+    from kvmem.node.client import NodeCache
     from kvmem.store.arena import Arena
 
 __all__ = ["NEAR", "Comparer", "Shadows", "distance"]
@@ -65,7 +66,7 @@ class Shadows:
     """
 
     def __init__(
-        self, cache: Cache, groups: Sequence[GroupShape], share: float, bus: events.Bus
+        self, cache: Cache | NodeCache, groups: Sequence[GroupShape], share: float, bus: events.Bus
     ) -> None:
         self._cache = cache
         self._groups = tuple(groups)

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvmem.engines.vllm.adapters import Held
 from kvmem.engines.vllm.proof import ProofDone
+from kvmem.node.client import Attachment
 
 __all__ = [
     "MAP_FAILED",
@@ -112,7 +113,7 @@ class Orders(KVConnectorMetadata):
     device blocks are kept by the engine until the worker names them as sent. `broken` are
     requests whose load was promised and cannot be made: (request, device blocks). `confirm` asks
     for an acknowledgement even of a step that stores nothing, `prove` for what the worker's proof
-    found.
+    found. Where the blocks are a node's, `node` is what the worker attaches by, and `arena` empty.
     """
 
     sequence: int
@@ -125,6 +126,7 @@ class Orders(KVConnectorMetadata):
     confirm: bool = False
     prove: bool = False
     compares: list[Compare] = field(default_factory=list)
+    node: Attachment | None = None
 
 
 @dataclass(slots=True)
