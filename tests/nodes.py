@@ -55,6 +55,7 @@ def process(path: Path, *flags: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "kvmem.cli", "node", "--path", str(path), *flags]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, env=dict(os.environ))
     assert started.stdout is not None
-    line = started.stdout.readline()  # that it is ready
+    with started.stdout:
+        line = started.stdout.readline()  # that it is ready
     assert b"kvmem node" in line, line
     return started

@@ -1,5 +1,5 @@
 """The kvmem command: `demo`, `serve`, `node`, `gateway`, `top`, `dashboard`, `stats`, `explain`,
-`quote`, `inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`.
+`quote`, `where`, `inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -54,6 +54,7 @@ bit, when a prompt begins the same way.
   kvmem stats             what the running engines reuse
   kvmem explain           why prompts had to be computed, in a running engine
   kvmem quote body.json   what a prompt would find and cost, before it is sent
+  kvmem where ids.json    which running engine has how much of a prompt, in which tier
   kvmem inspect           a store, a namespace, a session or a block, from near
   kvmem switch            its loads and stores off and on, in a running engine
   kvmem quarantine        blocks that failed a check in a running engine, and what is left of them

@@ -39,6 +39,7 @@ class Channel:
         self._deadline_s = deadline_s
         self._buffer = bytearray()  # of the greeting
         self._out = bytearray()
+        self._looking = wire.Looking()
         self._view = memoryview(bytearray(wire.RECV_BYTES))
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -130,7 +131,7 @@ class Channel:
         """The answer's bytes, until the next question."""
         begun = time.monotonic()
         view, n, end = self._view, 0, wire.LENGTH.size
-        spin = spin and wire.SPINS
+        spin = spin and self._looking.begin(begun)
         while n < end:
             try:
                 # The scheduler has nothing else to do, and to be woken takes longer than most
@@ -140,7 +141,7 @@ class Channel:
             except BlockingIOError:
                 now = time.monotonic()
                 if spin:
-                    spin = now - begun < wire.SPIN_S
+                    spin = self._looking.go_on(now, begun)
                     continue
                 if now - begun < within_s:
                     continue

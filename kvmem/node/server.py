@@ -85,6 +85,7 @@ class Node:
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(self._wake_r, selectors.EVENT_READ, None)
         self._asked_s = 0.0
+        self._looking = wire.Looking()
         self.beat_s = time.monotonic()  # when the loop last came round; any thread may look
         self._do: dict[type, Callable[[Hall, Engine, Any, float], Any]] = {
             wire.Acquire: lambda hall, engine, ask, now: hall.acquire(engine, ask, now),
@@ -147,10 +148,14 @@ class Node:
 
     def _spin(self) -> list[Any]:
         """What has come, while it is not long ago that something was asked."""
-        while wire.SPINS and time.monotonic() - self._asked_s < wire.SPIN_S:
+        begun = self._asked_s
+        now = time.monotonic()
+        look = now - begun < wire.SPIN_S and self._looking.begin(now)
+        while look:
             found = self._selector.select(0)
             if found:
                 return found
+            look = self._looking.go_on(time.monotonic(), begun)
         return []
 
     def _between(self) -> None:

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from kvmem.types import GroupShape
 
-__all__ = ["KEY_BYTES", "MAGIC", "SOCKET", "VERSION", "PackedKeys", "frame", "split"]
+__all__ = ["KEY_BYTES", "MAGIC", "SOCKET", "VERSION", "Looking", "PackedKeys", "frame", "split"]
 
 MAGIC = "kvmem-node"
 VERSION = 1
@@ -29,11 +29,35 @@ RECV_BYTES = 1 << 18
 # so long, and so does a node for the next question, where there are cores for both.
 SPIN_S = 150e-6
 SPINS = (os.cpu_count() or 1) > 1
+# Whoever looks and is put off the core meanwhile has company, and then sleeping is quicker.
+PUT_OFF_S, CROWDED_S = 0.3e-3, 0.2
 LENGTH = struct.Struct("<I")
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Name = Annotated[str, Meta(max_length=512)]
 Short = Annotated[str, Meta(max_length=64)]
+
+
+class Looking:
+    """Whether it pays to look for what comes instead of sleeping until it does; one thread's."""
+
+    __slots__ = ("_last_s", "_not_until_s")
+
+    def __init__(self) -> None:
+        self._last_s = self._not_until_s = 0.0
+
+    def begin(self, now: float) -> bool:
+        """Whether to look at all."""
+        self._last_s = now
+        return SPINS and now >= self._not_until_s
+
+    def go_on(self, now: float, begun: float) -> bool:
+        """Asked after each look that found nothing."""
+        if now - self._last_s > PUT_OFF_S:
+            self._not_until_s = now + CROWDED_S
+            return False
+        self._last_s = now
+        return now - begun < SPIN_S
 
 
 class PackedKeys(bytes):

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from kvmem.cli.where import of_prompt, of_session
 from kvmem.errors import ConfigError
 from kvmem.node import Node
+from kvmem.store import list_live
 from tests import nodes
 from tests.scheduling.engine import Engine, running
 from tests.scheduling.forward import BLOCK
@@ -203,3 +205,19 @@ def test_settings_that_are_the_nodes_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="disk_gb"):
         start(disk_gb=0.1, disk_path=str(tmp_path / "disk"))
+
+
+def test_where_says_which_engine_has_how_much(start: Callable[..., Engine], node: Node) -> None:
+    one, two = start(), start()
+    one.generate(PROMPT, 4, session="s", salt="a")
+    live = [live for live in list_live() if live.path in (e.half.arena.path for e in (one, two))]
+    first, second = of_prompt(live, PROMPT, salt="a")
+    assert first.arena == one.half.arena.path.name
+    assert (first.device, first.host) == (WHOLE * BLOCK, 0)
+    assert (second.device, second.host) == (0, WHOLE * BLOCK)  # the node's
+    assert [place.here for place in of_prompt(live, PROMPT)] == [0, 0]  # I11: not its salt
+    (place,) = of_session(live, "s")
+    assert (place.arena, place.device) == (first.arena, WHOLE * BLOCK)
+    assert of_session(live, "another") == []
+    two.generate(PROMPT, 4, salt="a")
+    assert [place.device for place in of_prompt(live, PROMPT, salt="a")] == [WHOLE * BLOCK] * 2
