@@ -124,7 +124,9 @@ def _best(engines: list[LiveArena], ask: Callable[[LiveArena], Place | None]) ->
             continue  # it ended meanwhile, or is of another version
         if place is not None:
             found.append(place)
-    return sorted(found, key=lambda place: (-place.here, place.ms or 0.0, place.arena))
+    return sorted(
+        found, key=lambda p: (-p.here, -p.device, -p.host, p.running, p.ms or 0.0, p.arena)
+    )
 
 
 def lines(found: list[Place]) -> Iterator[str]:

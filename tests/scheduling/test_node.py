@@ -221,3 +221,27 @@ def test_where_says_which_engine_has_how_much(start: Callable[..., Engine], node
     assert of_session(live, "another") == []
     two.generate(PROMPT, 4, salt="a")
     assert [place.device for place in of_prompt(live, PROMPT, salt="a")] == [WHOLE * BLOCK] * 2
+
+
+def test_what_is_to_be_compared_goes_with_its_node(
+    start: Callable[..., Engine], path: Path
+) -> None:
+    """I1: the same slots of the next node hold other blocks, which would seem to be wrong ones."""
+    with nodes.serving(path, host_gb=0.02):
+        engine = start(shadow_share=1.0)
+        engine.faulted = True
+        stored(engine)
+        shadowed = engine.add(PROMPT, 4)  # it is to be computed, and compared with what is stored
+        assert engine.half.shadows._of
+    with nodes.serving(path, host_gb=0.02) as node:
+        until(lambda: engine.half.cache.adopt() or engine.half.cache._ready is not None)
+        other_engine = start()
+        other_engine.generate(other(100, 5), 4)  # other blocks in those slots
+        until(engine.half.cache.adopt)
+        engine.drain()
+        assert engine.turns[shadowed].finish_reason
+        assert engine.half.totals.quarantined == 0
+        assert engine.half.totals.shadowed == 0
+        settled(engine, node)
+        engine.close()
+        other_engine.close()

@@ -379,9 +379,9 @@ class SchedulerHalf:
             self.cache.adopt()
         for request_id in list(self._new_loads):
             seen = self._seen.get(request_id)
-            if seen is None or seen.grant is None or seen.grant.epoch != self.cache.epoch:
-                blocks = seen.load_blocks if seen is not None else []
-                self._break(request_id, [block for ids in blocks for block in ids])
+            if seen is None or seen.grant is None or seen.grant.epoch == self.cache.epoch:
+                continue
+            self._break(request_id, [block for ids in seen.load_blocks for block in ids])
 
     def bare_orders(self, output: SchedulerOutput) -> Orders:
         """Orders that copy nothing, but say which loads are broken and which requests are over.

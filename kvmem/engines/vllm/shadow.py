@@ -53,6 +53,7 @@ class _Shadow:
     slots: dict[int, np.ndarray]
     generations: dict[int, np.ndarray]
     done: dict[int, int]
+    epoch: int = 0  # of the cache: in another one its slots are others'
 
 
 class Shadows:
@@ -99,6 +100,7 @@ class Shadows:
             {part.group: part.slots for part in parts},
             {part.group: part.generations for part in parts},
             {part.group: 0 for part in parts},
+            grant.epoch,
         )
         return True
 
@@ -109,7 +111,7 @@ class Shadows:
         shadow = self._of.get(request_id)
         if shadow is None or tables is None:
             return []
-        if shadow.tweak != keys.tweak:
+        if shadow.tweak != keys.tweak or shadow.epoch != self._cache.epoch:
             self.release(request_id)
             return []
         found = []
