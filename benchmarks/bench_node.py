@@ -182,12 +182,13 @@ def throughput(rounds: int) -> dict[str, float]:
             )  # fmt: skip
             link = Link(folder, like, lambda: None)
             shared = Mover(cache, link.arena, device)
-            found = {}
+            found, cpu = {}, {}
             for what in ("store", "load"):
                 arms: dict[str, Callable[[], None]] = {
                     "in process": getattr(own, what), "node": getattr(shared, what),
                 }  # fmt: skip
                 found[what] = paired(arms, rounds, warm_up=4)
+                cpu[what] = paired(arms, rounds, clock=time.thread_time)
             shared.copier = None  # type: ignore[assignment] the memory goes with it
             link.close()
             cache.close()
@@ -202,6 +203,9 @@ def throughput(rounds: int) -> dict[str, float]:
     for row in rows:
         result[f"{row.name}_gb_s"] = MOVED * BLOCK_BYTES / 1e6 / row.ours
         result[f"{row.name}_vs_in_process"] = row.ratio
+        result[f"{row.name}_cpu_vs_in_process"] = Row.of(
+            row.name, cpu[row.name], ours="node", theirs="in process"
+        ).ratio
     result["throughput_vs_in_process"] = min(
         result["store_vs_in_process"], result["load_vs_in_process"]
     )
