@@ -16,7 +16,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +24,7 @@ import msgspec
 from kvmem import events
 from kvmem.errors import ConfigError, KVMemError
 from kvmem.node import wire
+from kvmem.node.answering import ANSWERED, DO, LOOKS, look
 from kvmem.node.hall import Hall
 from kvmem.node.listening import listen
 from kvmem.node.members import Engine, Settings
@@ -87,25 +87,6 @@ class Node:
         self._asked_s = 0.0
         self._looking = wire.Looking()
         self.beat_s = time.monotonic()  # when the loop last came round; any thread may look
-        self._do: dict[type, Callable[[Hall, Engine, Any, float], Any]] = {
-            wire.Acquire: lambda hall, engine, ask, now: hall.acquire(engine, ask, now),
-            wire.Reserve: lambda hall, engine, ask, now: hall.reserve(engine, ask, now),
-            wire.Publish: lambda hall, engine, ask, now: wire.Told(hall.publish(engine, ask, now)),
-            wire.Abandon: lambda hall, engine, ask, now: hall.abandon(
-                engine, ask.slots, ask.generations, now),
-            wire.Hold: lambda hall, engine, ask, now: hall.hold(
-                engine, ask.request, ask.group, ask.keys, ask.n_blocks),
-            wire.Demote: lambda hall, engine, ask, now: hall.demote(engine, ask.codec),
-            wire.Release: lambda hall, engine, ask, now: hall.release(engine, ask.request),
-            wire.Quarantine: lambda hall, engine, ask, now: wire.Told(
-                hall.quarantine(ask.slot, ask.generation, key=ask.key, reason=ask.reason,
-                                distrust=ask.distrust)),
-            wire.Drop: lambda hall, engine, ask, now: wire.Told(
-                hall.drop(engine, ask.reason, everything=ask.all)),
-            wire.Computes: lambda hall, engine, ask, now: hall.cache.computes(ask.s_per_token),
-            wire.Resume: lambda hall, engine, ask, now: hall.resume(
-                engine, ask.requests, ask.batch),
-        }  # fmt: skip
 
     @property
     def is_stopping(self) -> bool:
@@ -270,7 +251,7 @@ class Node:
             return
         ask = wire.REQUESTS.decode(body)
         now = time.monotonic()
-        if type(ask) in (wire.Match, wire.Prefix, wire.Fate, wire.Ask):
+        if type(ask) in LOOKS:
             self._send(who, self._look(ask, now))
             return
         if type(ask) is wire.Bye:
@@ -283,45 +264,27 @@ class Node:
             self._waiting.append((now + ask.seconds, self.hall.progress, who))
             return
         try:
-            answer = self._do[type(ask)](self.hall, who.engine, ask, now)
+            answer = DO[type(ask)](self.hall, who.engine, ask, now)
         except ValueError as error:  # what was asked is no question
             self._failed(f"{type(ask).__name__} of process {who.pid}", error)
             answer = wire.Failed(str(error)[:1000])
         except Exception as error:  # noqa: BLE001 a door: the node goes on, the engine computes (I9)
             self._failed(type(ask).__name__, error)
             answer = wire.Failed(f"{type(error).__name__}: {error}"[:1000])
-        if type(ask) in _ANSWERED:
+        if type(ask) in ANSWERED:
             self._send(who, answer)
             self._asked_s = time.monotonic()
 
     def _look(self, ask: Any, now: float) -> Any:
-        hall = self.hall
+        if type(ask) is wire.Ask and ask.what == "status":
+            return wire.Told(self.told(now))
+        if self.hall is None:
+            return wire.Failed("no engine has attached yet")
         try:
-            if type(ask) is wire.Ask and ask.what == "status":
-                return wire.Told(self.told(now))
-            if hall is None:
-                return wire.Failed("no engine has attached yet")
-            cache = hall.cache
-            if type(ask) is wire.Match:
-                chains: list[Any] = [wire.PackedKeys(one) for one in ask.chains]
-                if ask.why:
-                    found = cache.look(chains, start=ask.start, limit=ask.limit)
-                    return wire.Told(list(found))
-                return wire.Told(cache.match(chains, ask.start, ask.limit))
-            if type(ask) is wire.Prefix:
-                return wire.Told(list(cache.prefix(ask.keys)))
-            if type(ask) is wire.Fate:
-                return wire.Told(cache.fate(ask.group, ask.key))
-            if ask.what == "stats":
-                return wire.Told(cache.stats())
-            if ask.what == "quarantined":
-                return wire.Told(cache.quarantined())
-            if ask.what == "check":
-                return wire.Told(cache.check_integrity())
+            return look(self.hall.cache, ask)
         except Exception as error:  # noqa: BLE001 a door: as above (I9)
             self._failed(type(ask).__name__, error)
             return wire.Failed(f"{type(error).__name__}: {error}"[:1000])
-        return wire.Failed(f"nothing is known of {ask.what!r}")
 
     def _greet(self, who: _Connection, hello: wire.Hello) -> None:
         try:
@@ -484,9 +447,6 @@ class Node:
             "last_failure": self.last_failure,
             **(self.hall.told(now) if self.hall is not None else {}),
         }
-
-
-_ANSWERED = {wire.Acquire, wire.Reserve, wire.Publish, wire.Quarantine, wire.Drop}
 
 
 def _version() -> str:

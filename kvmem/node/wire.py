@@ -288,8 +288,6 @@ Request = (
     Acquire | Reserve | Publish | Abandon | Hold | Demote | Release | Match | Prefix | Fate
     | Quarantine | Drop | Settle | Computes | Resume | Bye | Ask
 )  # fmt: skip
-# What anybody may ask who changes nothing.
-LOOKS = (Match, Prefix, Fate, Ask)
 
 
 # -- what the node answers -----------------------------------------------------------------------
