@@ -96,7 +96,8 @@ def worker_half(**settings: Any) -> WorkerHalf:
     half = WorkerHalf.__new__(WorkerHalf)
     half.config = Config(**settings)
     half.geometry = geometry(BYTES, n_device_blocks=2)
-    half._arena = half._loader = half._storer = None
+    half._arena = half._loader = half._storer = half._link = None
+    half._mapped, half._bound = "", {}
     half._asked, half._ask_again = 0, 1
     half._acks = Acks()
     half._closing = threading.Event()

@@ -83,6 +83,9 @@ class WorkerHalf:
         self._ask_again = 1
         self._begun = 0
         self._loads: dict[Future[LoadDone], Load] = {}
+        # Of loads that have not begun, by request: the copier of their step's memory, whatever is
+        # mapped when their turn comes.
+        self._bound: dict[str, Copier] = {}
         self._received: set[str] = set()
         self._sent: set[str] = set()
         # What the engine must compute after all: blocks where it has one group of them, whole
@@ -147,9 +150,10 @@ class WorkerHalf:
         if orders.loads and not self._map(orders):
             self.fail_loads(orders)
             return
-        copier = self._loader  # of this step's memory, whatever is mapped when its turn comes
         for load in orders.loads:
-            self._loads[self._pool.submit(self._load, load, copier)] = load
+            if self._loader is not None:
+                self._bound[load.request_id] = self._loader
+            self._loads[self._pool.submit(self._load, load)] = load
 
     def fail_loads(self, orders: Orders) -> None:
         """Loads of the step that were not begun are not made: the engine computes those blocks."""
@@ -173,7 +177,8 @@ class WorkerHalf:
         else:
             self._failed.add(request_id)
 
-    def _load(self, load: Load, copier: Copier | None) -> LoadDone:
+    def _load(self, load: Load) -> LoadDone:
+        copier = self._bound.pop(load.request_id, self._loader)
         if copier is None:
             raise EngineError("kvmem: a load began without an arena")
         begin = time.perf_counter()
@@ -330,6 +335,7 @@ class WorkerHalf:
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._loader = self._storer = self._comparer = None
+        self._bound.clear()
         self._tensors.clear()
         self._unmap()
 
