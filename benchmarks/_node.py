@@ -29,7 +29,7 @@ import numpy as np
 from kvmem._core import SlotCopier
 from kvmem.errors import KVMemError
 from kvmem.node import Link, Node, NodeCache, Settings
-from kvmem.node.client import Attachment, hello_of
+from kvmem.node.attaching import Attachment, hello_of
 from kvmem.types import GroupShape
 
 __all__ = ["COUNTS", "GROUPS", "NAMESPACE", "Counts", "Device", "block_of", "chain", "fork"]

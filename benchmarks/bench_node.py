@@ -35,7 +35,7 @@ from benchmarks._process import exit_on_sigterm, leftovers, shared_memory
 from benchmarks._report import Row, finish, paired, table
 from kvmem.cache import Cache
 from kvmem.node import Link, NodeCache, Settings
-from kvmem.node.client import hello_of
+from kvmem.node.attaching import hello_of
 from kvmem.store import Arena
 
 __all__: list[str] = []

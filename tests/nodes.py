@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmem.node import Node, NodeCache, Settings
-from kvmem.node.client import hello_of
+from kvmem.node.attaching import hello_of
 from kvmem.types import GroupShape
 
 __all__ = ["BLOCKS", "NAMESPACE", "SLOT_BYTES", "client", "hello", "process", "serving"]

@@ -203,8 +203,14 @@ def test_a_node_that_goes_in_the_middle_of_a_prompt(
 def test_settings_that_are_the_nodes_are_refused(
     start: Callable[..., Engine], tmp_path: Path, node: Node
 ) -> None:
-    with pytest.raises(ConfigError, match="disk_gb"):
-        start(disk_gb=0.1, disk_path=str(tmp_path / "disk"))
+    for wrong in (
+        {"disk_gb": 0.1, "disk_path": str(tmp_path / "disk")},
+        {"far": "redis://127.0.0.1:1"},
+        {"eviction": "agents"},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            start(**wrong)
+        assert caught.value.setting in wrong
 
 
 def test_where_says_which_engine_has_how_much(start: Callable[..., Engine], node: Node) -> None:

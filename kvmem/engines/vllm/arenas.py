@@ -18,7 +18,8 @@ from kvmem.config import Config
 from kvmem.engines.vllm.geometry import Geometry
 from kvmem.engines.vllm.plugin import CONNECTOR_NAME
 from kvmem.errors import CapacityError, ConfigError
-from kvmem.node.client import NodeCache, hello_of
+from kvmem.node.attaching import hello_of
+from kvmem.node.client import NodeCache
 from kvmem.store import Arena, Disk, list_live
 from kvmem.store.far import Far, open_far
 from kvmem.store.layout import slots_within
@@ -130,6 +131,12 @@ def check_node(config: Config) -> None:
     Raises:
         ConfigError: naming the setting.
     """
+    if config.node is not None and config.eviction == "agents":
+        raise ConfigError(
+            "kvmem's setting 'eviction' cannot be 'agents' where 'node' is set",
+            next_step="Leave out one of them: a node's own orders are s3fifo and lru.",
+            setting="eviction",
+        )
     for name in ("disk_gb", "far") if config.node is not None else ():
         if getattr(config, name):
             raise ConfigError(

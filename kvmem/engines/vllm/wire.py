@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvmem.engines.vllm.adapters import Held
 from kvmem.engines.vllm.proof import ProofDone
-from kvmem.node.client import Attachment
+from kvmem.node.attaching import Attachment
 
 __all__ = [
     "MAP_FAILED",

@@ -39,7 +39,7 @@ from kvmem.engines.vllm.wire import (
     StoreDone,
 )
 from kvmem.errors import EngineError, KVMemError, UnsupportedEngine
-from kvmem.node.client import Attachment, hello_of
+from kvmem.node.attaching import Attachment, hello_of
 from kvmem.node.link import Link
 from kvmem.store.arena import Arena
 from kvmem.store.scratch import Scratch
