@@ -29,6 +29,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk_codec: Literal["auto", "none"] = "auto"
     approximate_salt: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
     far: Annotated[str, Meta(min_length=1, max_length=4000)] | None = None
+    node: Annotated[str, Meta(min_length=1, max_length=4000)] | None = None
     arena: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] | None = None
     eviction: Literal["agents", "s3fifo", "lru"] = "s3fifo"
     load: bool = True
@@ -137,6 +138,12 @@ _document(
     "URL such as redis://host:6379, or unset for none",
     "A store that hosts share: what one of them has computed the others find (docs/far.md).",
     "Blocks are copied there when they are stored; a prompt that is new waits for one round trip.",
+)
+_document(
+    "node",
+    "folder, or unset for a cache of its own",
+    "The --path of a kvmem node on this host, whose blocks all its engines share (docs/node.md).",
+    "What the node is started with holds, not host_gb, disk_gb, far, eviction and scrub_mb_s here.",
 )
 _document(
     "arena",

@@ -67,7 +67,7 @@ class Grant(msgspec.Struct, frozen=True):
 
     `coming`: more of it is on its way up from the disk or a far store; ask again. `from_disk` are
     tokens that came up for this request, in `disk_s` seconds; `from_far` and `far_s` are a far
-    store's.
+    store's. `epoch` is `Cache.epoch` as it was.
     """
 
     start: int
@@ -79,6 +79,7 @@ class Grant(msgspec.Struct, frozen=True):
     disk_s: float = 0.0
     from_far: int = 0
     far_s: float = 0.0
+    epoch: int = 0
 
     @property
     def n_blocks(self) -> int:
@@ -99,13 +100,15 @@ class Below(Protocol):
 class Reservation(msgspec.Struct, frozen=True):
     """What `reserve` answers: `slots[i]` is for block `index[i]` of the prompt.
 
-    Blocks that are here already are left out. `refused` blocks found no room.
+    Blocks that are here already are left out. `refused` blocks found no room. `epoch` is
+    `Cache.epoch` as it was.
     """
 
     index: Slots
     slots: Slots
     generations: Words
     refused: int
+    epoch: int = 0
 
 
 class _Held:
@@ -148,6 +151,9 @@ class Cache:
     ) -> None:
         self.bus = bus if bus is not None else events.Bus()
         self.groups = tuple(groups)
+        # Slots, generations and leases mean something within one epoch: a cache of this process's
+        # own has one, a node's client a new one with each node.
+        self.epoch = 0
         # Prompts are resumed between blocks of every group.
         self.align_tokens = math.lcm(*(shape.block_tokens for shape in self.groups))
         order = "lru" if eviction == "agents" else eviction
@@ -503,6 +509,13 @@ class Cache:
         """Gives reserved slots back unwritten, with what was reserved on top of them."""
         return self._tier.abandon(slots, generations)
 
+    def shed(self, keys: Keys | bytes, n: int) -> Slots:
+        """Evicts up to n of a prompt's blocks from the host, from its end, leased ones not; whose
+        slots they were."""
+        slots = self._tier.cut(keys, n)[1]
+        self._tell_evictions("")
+        return slots
+
     def published(self, first: int, n: int) -> tuple[Slots, Words, Any]:
         """Blocks in the host's slots [first, first + n) now: slots, generations, keys [n * 32].
 
@@ -602,6 +615,12 @@ class Cache:
         """Whether a request does, for the disk or the far store."""
         far = self._far is not None and self._far.waits
         return far or any(promotion.reads for promotion in self._promotions.values())
+
+    @property
+    def below_under_way(self) -> tuple[int, int]:
+        """Moves to or from the disk and the far store that are not over."""
+        disk = self._moves.n_under_way if self._moves is not None else 0
+        return disk, self._far.n_under_way if self._far is not None else 0
 
     def computes(self, s_per_token: float) -> None:
         """Tells how long the engine takes to compute a token, 0 where that is not known: a far

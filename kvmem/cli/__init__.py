@@ -1,5 +1,5 @@
-"""The kvmem command: `demo`, `serve`, `gateway`, `top`, `dashboard`, `stats`, `explain`, `quote`,
-`inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`.
+"""The kvmem command: `demo`, `serve`, `node`, `gateway`, `top`, `dashboard`, `stats`, `explain`,
+`quote`, `where`, `inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -18,7 +18,7 @@ import msgspec
 import typer
 
 from kvmem import config
-from kvmem.cli import looking
+from kvmem.cli import looking, node
 from kvmem.errors import KVMemError
 
 __all__ = ["app", "main"]
@@ -47,12 +47,14 @@ bit, when a prompt begins the same way.
 \b
   kvmem demo              see what it does, on a real model and this CPU
   kvmem serve ./my-model  start vLLM's OpenAI server with kvmem in it
+  kvmem node              one cache for all engines of this host
   kvmem gateway           text histories of any client become exact tokens, before an engine
   kvmem top               the running engines, live
   kvmem dashboard         the same as a page, with the tree of prompts
   kvmem stats             what the running engines reuse
   kvmem explain           why prompts had to be computed, in a running engine
   kvmem quote body.json   what a prompt would find and cost, before it is sent
+  kvmem where ids.json    which running engine has how much of a prompt, in which tier
   kvmem inspect           a store, a namespace, a session or a block, from near
   kvmem switch            its loads and stores off and on, in a running engine
   kvmem quarantine        blocks that failed a check in a running engine, and what is left of them
@@ -456,6 +458,7 @@ def replay(
 
 
 looking.add(app)
+app.add_typer(node.app, name="node")
 
 
 def _is_on(given: Literal["on", "off"] | None) -> bool | None:

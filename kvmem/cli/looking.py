@@ -1,5 +1,5 @@
 """The commands that look at running engines and stores: `top`, `dashboard`, `quote`,
-`inspect`."""
+`where`, `inspect`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def add(app: typer.Typer) -> None:
     app.command()(top)
     app.command()(dashboard)
     app.command()(quote)
+    app.command()(where)
     app.add_typer(inspect, name="inspect")
 
 
@@ -119,6 +120,26 @@ def quote(
     if not run(
         file, session=session, salt=salt, url=url, api_key=api_key, arena=arena, as_json=as_json
     ):
+        _no_engine()
+
+
+def where(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="Token ids, or a body whose prompt they are, as JSON; - for stdin."),
+    ] = None,
+    session: Annotated[str | None, typer.Option(help="A session, in place of a prompt.")] = None,
+    salt: Annotated[str | None, typer.Option(help="In place of the body's cache_salt.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which running engine has how much of a prompt, in which tier: for routers.
+
+    The engine that has the most comes first. Engines of one node have its host and disk in common;
+    the device is each one's own. Nothing is changed by it. Exit code 1 when no engine is running.
+    """
+    from kvmem.cli.where import run
+
+    if not run(file, session=session, salt=salt, as_json=as_json):
         _no_engine()
 
 

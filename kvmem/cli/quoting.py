@@ -15,7 +15,7 @@ from kvmem.explain.misses.runs import Run
 from kvmem.store.live import quote
 from kvmem.telemetry.quote import Quote
 
-__all__ = ["lines", "run"]
+__all__ = ["lines", "read", "run"]
 
 LOCAL = "http://127.0.0.1:8000"
 PATH = "/v1/kvmem/quote"
@@ -40,7 +40,7 @@ def run(
         ConfigError: the file is no request, or which engine is meant is not clear.
         EngineError: the server refused, or can't be reached.
     """
-    body = _read(file)
+    body = read(file)
     for name, value in (("session_id", session), ("cache_salt", salt)):
         if value is not None:
             body[name] = value
@@ -94,7 +94,12 @@ def lines(told: Quote) -> Iterator[str]:
             yield f"    {row['fix']}"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
+    """The request in a file, or on stdin; a bare list becomes one.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         found = msgspec.json.decode(raw)

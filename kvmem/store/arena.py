@@ -52,6 +52,7 @@ class Arena:
         self.header = header
         self.buffer = mapping
         self._owner = owner
+        self._fd = fd
         self._stats_sequence = 0
         self._end = weakref.finalize(self, _let_go, os.getpid(), fd, path if owner else None)
 
@@ -104,6 +105,7 @@ class Arena:
         namespace: bytes,
         ranks: int = 1,
         label: str = "",
+        linked: bool = True,
     ) -> Arena:
         """A new arena of zeros, all of its memory reserved, owned by this process.
 
@@ -116,6 +118,7 @@ class Arena:
             namespace: 32 bytes; see `kvmem.types.Namespace.digest`.
             ranks: workers that each keep a share of every block.
             label: for people: the model's name.
+            linked: whether others find it by its name; else `fd` is handed to whoever maps it.
 
         Raises:
             ConfigError: the name is malformed.
@@ -135,7 +138,8 @@ class Arena:
             creator=metadata.version("kvmem"),
             label=label,
         )
-        _refuse_a_live_one(path)
+        if linked:
+            _refuse_a_live_one(path)
         check_room(header.total_bytes)
         _check_shape(header)
         fd = _open_nameless()
@@ -145,7 +149,8 @@ class Arena:
             os.pwrite(fd, header.encode(), 0)
             os.pwrite(fd, Switch().encode(0).to_bytes(8, "little"), header.switch_offset)
             mapping = _map(fd, header.total_bytes)
-            _link(fd, path)
+            if linked:
+                _link(fd, path)
         except BaseException:
             os.close(fd)
             raise
@@ -170,6 +175,27 @@ class Arena:
             os.close(fd)
             raise
         return cls(path, header, fd, mapping, owner=False)
+
+    @classmethod
+    def received(cls, fd: int) -> Arena:
+        """A mapping of an arena that its owner handed over; `fd` is this arena's from now on.
+
+        Raises:
+            ArenaError: it is no private arena of this user, of another version, or damaged.
+        """
+        try:
+            path = Path(f"/proc/self/fd/{fd}")
+            header = _read_header(fd, path)
+            mapping = _map(fd, header.total_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(path, header, fd, mapping, owner=False)
+
+    @property
+    def fd(self) -> int:
+        """The file, open as long as this arena is."""
+        return self._fd
 
     def close(self, *, unlink: bool) -> None:
         """Lets go of the file; with `unlink` (the owner's) it is gone for new mappers.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
 
 from kvmem._core import DiskCodec, DiskStore, SlotCopier
 from kvmem.errors import ArenaError
+from kvmem.node import wire
 from kvmem.store.arena import Arena
 from kvmem.store.far.value import Head, name_of, read_head
 from kvmem.store.layout import Header, Stats
@@ -297,3 +300,26 @@ def test_the_example_of_a_far_value_is_one() -> None:
     assert name_of(SPACE, b"\1\2", 1, move.key) == b"kvmem:1:%b:0102:1:%b" % (
         SPACE.hex().encode(), b"61" * 32,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("title", "messages"), [("noderequests", wire.Request), ("nodereplies", wire.Reply)]
+)
+def test_the_nodes_messages_are_those_on_the_page(title: str, messages: Any) -> None:
+    told = re.findall(r"^\| (\d+) \| (\w+) \| (.+) \|$", section(title), re.MULTILINE)
+    wanted = [
+        (str(one.__struct_config__.tag), one.__name__, ", ".join(one.__struct_fields__) or "-")
+        for one in get_args(messages)
+    ]
+    assert told == wanted
+
+
+def test_a_greeting_is_a_map_of_the_names_on_the_page() -> None:
+    text = PAGE.split("## The node's socket")[1]
+    for kind in (wire.Hello, wire.Welcome):
+        (names,) = re.findall(rf"^{kind.__name__}: ([\w, ]+)\.", text, re.MULTILINE)
+        assert tuple(names.split(", ")) == kind.__struct_fields__
+    body = wire.frame(wire.Welcome(refused="why"))
+    assert int.from_bytes(body[:4], "little") == len(body) - 4
+    assert msgspec.msgpack.decode(body[4:])["magic"] == "kvmem-node"
+    assert f"Version {wire.VERSION}." in text

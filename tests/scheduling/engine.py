@@ -287,6 +287,12 @@ class Engine:
         return self.scheduler.connector.scheduler
 
     @property
+    def arena(self) -> Any:
+        """Where blocks lie: this engine's, or its node's as its worker has it mapped."""
+        node = self.half.config.node is not None
+        return self.worker.worker._arena if node else self.half.arena
+
+    @property
     def pool(self) -> Any:
         return self.scheduler.kv_cache_manager.block_pool
 
@@ -532,7 +538,7 @@ class Engine:
                     self._check_slot(store, at)
 
     def _check_slot(self, store: Any, at: int) -> None:
-        arena, slot = self.half.arena, int(store.slots[at])
+        arena, slot = self.arena, int(store.slots[at])
         tokens = self.half.geometry.shapes[store.group].block_tokens
         n_bytes = len(LAYERS) * tokens * CELL_BYTES
         data = np.frombuffer(arena.buffer, np.uint8, n_bytes, arena.data_of(slot))
@@ -583,7 +589,7 @@ class Engine:
 
     def forge(self, slot: int) -> None:
         """Other KV in a slot, with a checksum that holds: as if it had been stored so."""
-        arena = self.half.arena
+        arena = self.arena
         data = np.frombuffer(arena.buffer, np.uint8)
         at = arena.data_of(slot)
         descriptor = data[4096 + DESCRIPTOR_BYTES * slot :][:DESCRIPTOR_BYTES]
@@ -593,7 +599,7 @@ class Engine:
 
     def corrupt(self, slot: int, at: int = 5) -> None:
         """Flips one bit of a slot's bytes, behind everybody's back."""
-        arena = self.half.arena
+        arena = self.arena
         data = np.frombuffer(arena.buffer, np.uint8, arena.slot_bytes, arena.data_of(slot))
         data[at] ^= 1
 

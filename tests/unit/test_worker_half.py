@@ -16,7 +16,7 @@ import torch
 from kvmem.config import Config
 from kvmem.engines.copiers import Regions
 from kvmem.engines.vllm.geometry import Geometry, Group
-from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Load, LoadPart
+from kvmem.engines.vllm.wire import MAP_FAILED, Acks, Load, LoadPart, Orders
 from kvmem.engines.vllm.worker import (
     WorkerHalf,
     _all_cores,
@@ -96,7 +96,8 @@ def worker_half(**settings: Any) -> WorkerHalf:
     half = WorkerHalf.__new__(WorkerHalf)
     half.config = Config(**settings)
     half.geometry = geometry(BYTES, n_device_blocks=2)
-    half._arena = half._loader = half._storer = None
+    half._arena = half._loader = half._storer = half._link = None
+    half._mapped, half._bound = "", {}
     half._asked, half._ask_again = 0, 1
     half._acks = Acks()
     half._closing = threading.Event()
@@ -130,11 +131,11 @@ def test_an_arena_that_cannot_be_mapped_is_tried_again_ever_more_rarely(
     real = Arena.open
     monkeypatch.setattr(Arena, "open", failing)
     for _ in range(20):
-        assert not half._map(str(arena.path))
+        assert not half._map(Orders(1, str(arena.path)))
     assert tries == 5  # at 1, 2, 4, 8 and 16
     assert [where for where, _ in half._acks.failures] == [MAP_FAILED] * 5
     monkeypatch.setattr(Arena, "open", real)
-    while not half._map(str(arena.path)):
+    while not half._map(Orders(1, str(arena.path))):
         assert half._asked < 100
     assert half._loader is not None
     assert half._storer is not None
@@ -146,7 +147,7 @@ def test_the_throttle_makes_a_load_wait_as_long_as_its_bytes_would_take(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = worker_half(throttle_gb_s=0.5)
-    assert half._map(str(arena.path))
+    assert half._map(Orders(1, str(arena.path)))
     assert half._loader is not None
     assert half._storer is not None
     ids, generations = np.arange(2, dtype=np.int32), np.ones(2, np.uint64)

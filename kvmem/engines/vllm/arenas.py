@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmem import events
+from kvmem.cache import Cache
 from kvmem.config import Config
 from kvmem.engines.vllm.geometry import Geometry
 from kvmem.engines.vllm.plugin import CONNECTOR_NAME
-from kvmem.errors import CapacityError
+from kvmem.errors import CapacityError, ConfigError
+from kvmem.node.attaching import hello_of
+from kvmem.node.client import NodeCache
 from kvmem.store import Arena, Disk, list_live
 from kvmem.store.far import Far, open_far
 from kvmem.store.layout import slots_within
@@ -25,7 +28,7 @@ from kvmem.types import Namespace
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
 
-__all__ = ["arena_name", "arenas_of", "make_arena", "open_tiers"]
+__all__ = ["arena_name", "arenas_of", "check_node", "make_arena", "open_cache", "open_tiers"]
 
 ID_CHARACTERS = 40
 
@@ -38,14 +41,16 @@ def arena_name(config: Config, engine_id: str) -> str:
 def make_arena(
     config: Config, vllm_config: VllmConfig, geometry: Geometry, namespace: Namespace
 ) -> Arena:
-    """This engine's arena, of as many slots as host_gb holds.
+    """This engine's arena, of as many slots as host_gb holds; with a node, whose arena the blocks
+    lie in, of one: for its switch, and what tools read.
 
     Raises:
         CapacityError, ConfigError, ArenaInUse: naming the setting.
     """
     slot_bytes = geometry.slot_bytes
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    n_slots = slots_within(config.host_bytes, slot_bytes, ranks=ranks)
+    whole = config.node is None
+    n_slots = slots_within(config.host_bytes, slot_bytes, ranks=ranks) if whole else 1
     if n_slots < 1:
         raise CapacityError(
             f"kvmem's host_gb of {config.host_gb} holds no block of "
@@ -86,6 +91,59 @@ def open_tiers(
             disk.close()
         arena.close(unlink=True)
         raise
+
+
+def open_cache(
+    config: Config,
+    arena: Arena,
+    geometry: Geometry,
+    bus: events.Bus,
+    tiers: tuple[Disk | None, Far | None],
+    node: dict[str, Any],
+) -> Cache | NodeCache:
+    """The cache of this engine, or the client of the node that the setting names.
+
+    `node`: what `NodeCache` wants to know beside that.
+    """
+    header = arena.header
+    if config.node is None:
+        return Cache(
+            header.n_slots,
+            geometry.shapes,
+            eviction=config.eviction,
+            bus=bus,
+            mover=tiers[0],
+            carrier=tiers[1],
+        )
+    hello = hello_of(
+        namespace=header.namespace,
+        slot_bytes=header.slot_bytes,
+        ranks=header.ranks,
+        groups=geometry.shapes,
+        label=header.label,
+    )
+    return NodeCache(Path(config.node).expanduser(), hello, bus=bus, **node)
+
+
+def check_node(config: Config) -> None:
+    """Refuses settings that are the node's where there is one.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if config.node is not None and config.eviction == "agents":
+        raise ConfigError(
+            "kvmem's setting 'eviction' cannot be 'agents' where 'node' is set",
+            next_step="Leave out one of them: a node's own orders are s3fifo and lru.",
+            setting="eviction",
+        )
+    for name in ("disk_gb", "far") if config.node is not None else ():
+        if getattr(config, name):
+            raise ConfigError(
+                f"kvmem's setting {name!r} is the node's where 'node' is set",
+                next_step=f"Give it to `kvmem node`, and leave out {name} or node here.",
+                setting=name,
+            )
 
 
 def arenas_of(transfer: KVTransferConfig | None) -> list[Path]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from kvmem import events
-from kvmem.cache import Brought
+from kvmem.cache import Brought, Cache
 from kvmem.engines.vllm.wire import Load, LoadDone, LoadPart
 
 if TYPE_CHECKING:
@@ -119,6 +119,12 @@ class Device:
             self.off = "the engine tells others of its blocks, and would not tell of these"
         self._pool = pool
 
+    @property
+    def _cache(self) -> Cache:
+        cache = self._half.cache
+        assert isinstance(cache, Cache), "with a node this is off"
+        return cache
+
     # -- for sessions ------------------------------------------------------------------------
 
     @property
@@ -150,7 +156,7 @@ class Device:
         pool.touch(here)
         pool.free_blocks(reversed(here))  # the newest now, the deepest before those above it
         room = self._room()
-        there = self._half.cache.prefix(b"".join(chain))[0] - len(here)
+        there = self._cache.prefix(b"".join(chain))[0] - len(here)
         n = min(room, there)
         if n <= 0:
             self.counts.refused += there > 0
@@ -172,7 +178,7 @@ class Device:
 
     def _begin(self, name: str, chain: list[bytes]) -> None:
         """Takes blocks for what is to be loaded; none where there is no need or no room by now."""
-        pool, cache = self._pool, self._half.cache
+        pool, cache = self._pool, self._cache
         here = self._cached(chain)
         first = len(here)
         pool.touch(here)  # they don't go while room is made for the rest
@@ -291,7 +297,7 @@ class Device:
                 self._safely(lambda: self._publish(one), None)
         finally:
             # Whatever happened, nobody writes into them any more: they go back.
-            self._half.cache.release_chain(one.lease)
+            self._cache.release_chain(one.lease)
             self._pool.free_blocks(reversed([*one.prefix, *one.new]))
 
     def _publish(self, one: _Loading) -> None:

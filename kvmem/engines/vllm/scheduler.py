@@ -7,6 +7,7 @@ One thread calls it, the engine's scheduler. Nothing is copied here. Per request
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,11 @@ from kvmem import events
 from kvmem.cache import Cache, Grant, Part
 from kvmem.config import Config
 from kvmem.engines.vllm import support
-from kvmem.engines.vllm.arenas import make_arena, open_tiers
+from kvmem.engines.vllm.arenas import check_node, make_arena, open_cache, open_tiers
 from kvmem.engines.vllm.device import Device, is_early
 from kvmem.engines.vllm.flights import Flights
 from kvmem.engines.vllm.geometry import geometry_of
-from kvmem.engines.vllm.hinting import Hinting, install
+from kvmem.engines.vllm.hinting import Hinting, install, salt_of
 from kvmem.engines.vllm.keys import Chains
 from kvmem.engines.vllm.misses import Misses
 from kvmem.engines.vllm.namespace import namespace_of
@@ -41,6 +42,7 @@ from kvmem.engines.vllm.wire import (
     LoadPart,
     Orders,
 )
+from kvmem.node.client import NodeCache
 from kvmem.store import Scrub
 from kvmem.store.arena import sweep
 from kvmem.store.switch import Switch, SwitchReader
@@ -78,17 +80,25 @@ class SchedulerHalf:
         self.ranks = vllm_config.parallel_config.tensor_parallel_size
         self.namespace = namespace_of(config, vllm_config, kv_cache_config, self.geometry)
         self.bus = events.Bus()
+        # Why there was no node, told by the client's own thread.
+        self._troubles: deque[str] = deque(maxlen=16)
+        check_node(config)
         event_log = log_of(config)
         self.reclaimed = sweep()
         self.arena = make_arena(config, vllm_config, self.geometry, self.namespace)
         self.disk, self.far = open_tiers(config, self.arena, self.namespace, self.bus)
-        self.cache = Cache(
-            self.arena.header.n_slots,
-            self.geometry.shapes,
-            eviction=config.eviction,
-            bus=self.bus,
-            mover=self.disk,
-            carrier=self.far,
+        self._seen: dict[str, Seen] = {}
+        self.cache = open_cache(
+            config,
+            self.arena,
+            self.geometry,
+            self.bus,
+            (self.disk, self.far),
+            {
+                "tenant_of": self._tenant_of,
+                "stores": self._may_store,
+                "on_trouble": lambda error: self._troubles.append(error),
+            },
         )
         model = vllm_config.model_config
         self.page = Page(
@@ -112,7 +122,6 @@ class SchedulerHalf:
         self._device_pool: BlockPool | None = None
         # Whether the worker's half has the arena mapped, as far as its last word tells.
         self._worker_maps = True
-        self._seen: dict[str, Seen] = {}
         self._tables = BlockTables()
         self._sequence = 0
         self.storing = Storing(self)
@@ -126,9 +135,20 @@ class SchedulerHalf:
         )
         # Last: its thread must not outlive a start that was refused.
         rate = config.scrub_mb_s * 1e6
-        self.scrub = Scrub(self.arena, self.cache.published, rate) if rate else None
+        own = self.cache if isinstance(self.cache, Cache) else None
+        self.scrub = Scrub(self.arena, own.published, rate) if rate and own is not None else None
         self.write_stats()
         self.telemetry.open()
+
+    def _tenant_of(self, request_id: str) -> bytes:
+        """Who pays for a request's room in a node."""
+        seen = self._seen.get(request_id.removesuffix("#shadow"))
+        return salt_of(getattr(seen.request, "cache_salt", None)) if seen is not None else b""
+
+    def _may_store(self, request_id: str) -> bool:
+        """Whether what the request has to compute will be stored, as far as is known."""
+        seen = self._seen.get(request_id)
+        return seen is not None and seen.wishes.store and not seen.stale
 
     def _switched(self, now: Switch) -> None:
         self.bus.emit(events.Switched(loads=now.loads, stores=now.stores))
@@ -138,6 +158,8 @@ class SchedulerHalf:
         """Why no blocks can be brought to the device before a request; empty where they can."""
         if len(self.geometry.groups) > 1 or not self.geometry.shapes[0].closed:
             return "the model's KV is not one chain of blocks"
+        if isinstance(self.cache, NodeCache):
+            return "a node's blocks are asked for when a request comes"
         if vllm_config.lora_config is not None:
             return "the engine's names for adapters do not tell their content"
         if self.config.approximate_salt is not None:
@@ -315,6 +337,9 @@ class SchedulerHalf:
         seen = self._seen.get(request.request_id)
         if seen is None or n_external_tokens == 0 or seen.grant is None:
             return
+        if seen.grant.epoch != self.cache.epoch:  # its slots are another memory's (I3)
+            self.break_load(request, blocks, n_external_tokens)
+            return
         tables = blocks.get_block_ids()
         seen.load_blocks = [
             list(tables[part.group][part.first : part.first + len(part.slots)])
@@ -357,6 +382,7 @@ class SchedulerHalf:
     def orders(self, output: SchedulerOutput) -> Orders:
         """This step's copies: loads that were allocated, blocks that this step completes."""
         self.misses.step(output.total_num_scheduled_tokens)
+        self._adopt()
         self.cache.computes(self.misses.explainer.pace.s_per_token)
         orders = self.bare_orders(output)
         self.wait_for_disk(output)
@@ -390,6 +416,19 @@ class SchedulerHalf:
                 self.storing.of_states(orders, seen, offers)
         return orders
 
+    def _adopt(self) -> None:
+        """A node that has come back is used from this step on. Loads that were promised in the
+        memory of before are broken: what lies in their slots now is others' (I3)."""
+        if isinstance(self.cache, NodeCache):
+            while self._troubles:
+                self.failed("node", self._troubles.popleft())
+            self.cache.adopt()
+        for request_id in list(self._new_loads):
+            seen = self._seen.get(request_id)
+            if seen is None or seen.grant is None or seen.grant.epoch == self.cache.epoch:
+                continue
+            self._break(request_id, [block for ids in seen.load_blocks for block in ids])
+
     def bare_orders(self, output: SchedulerOutput) -> Orders:
         """Orders that copy nothing, but say which loads are broken and which requests are over.
 
@@ -399,7 +438,8 @@ class SchedulerHalf:
         self._tables.take(output)
         return Orders(
             sequence=self._sequence,
-            arena=str(self.arena.path),
+            arena=str(self.arena.path) if self.config.node is None else "",
+            node=self.cache.attachment if isinstance(self.cache, NodeCache) else None,
             scheduled_tokens=output.total_num_scheduled_tokens,
             finished=list(self._to_finish),
             broken=list(self._broken.items()),
@@ -470,8 +510,14 @@ class SchedulerHalf:
             slots=part.slots[:n_blocks],
             generations=part.generations[:n_blocks],
             keys=b"".join(keys),
-            verify=self.pick_verified(n_blocks),
+            verify=self.pick_verified(n_blocks) | self._foreign(part, n_blocks),
         )
+
+    def _foreign(self, part: Part, n_blocks: int) -> Any:
+        """Which blocks another engine wrote: those are verified, whatever the share (I5)."""
+        if not isinstance(self.cache, NodeCache):
+            return np.uint8(0)
+        return self.cache.foreign(part.slots[:n_blocks], part.generations[:n_blocks]).view(np.uint8)
 
     def pick_verified(self, n_blocks: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Which blocks are checked against their checksum: an exact share, evenly spread; all, once
@@ -539,10 +585,13 @@ class SchedulerHalf:
 
     def _loaded(self, done: LoadDone) -> None:
         seen = self._seen.get(done.request_id)
+        now = seen is not None and seen.grant is not None and seen.grant.epoch == self.cache.epoch
         for slot, generation, key, status in done.bad:
             if status in QUARANTINED:
                 if seen is not None:
                     seen.bad_load = True
+                if not now and isinstance(self.cache, NodeCache):
+                    continue  # of a memory that is no more
                 self.totals.quarantined += self.cache.quarantine(
                     slot, generation, key=key, reason=QUARANTINED[status]
                 )
@@ -613,6 +662,9 @@ class SchedulerHalf:
         """
         self.cache.drop("reset")
         self.device.reset()
+        if isinstance(self.cache, NodeCache):
+            # Others go on storing under the engine's own keys: what they computed was not reset.
+            self.live.apart()
         self.shadows.clear()
         for seen in self._seen.values():
             seen.stale = True
@@ -650,6 +702,8 @@ class SchedulerHalf:
         finally:
             if self.scrub is not None:
                 self.scrub.close()
+            if isinstance(self.cache, NodeCache):
+                self.cache.close()
             if self.disk is not None:
                 self.disk.close()
             if self.far is not None:

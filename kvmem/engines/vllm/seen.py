@@ -72,7 +72,7 @@ class Outstanding:
     """Slots reserved by one request in one step, not yet acknowledged: for blocks of a group up to
     block `stop`. `keys` are those of all blocks up to there, for the
     disk if there is one; `blocks` which of them got a slot; `codec` what the disk may store them
-    by."""
+    by; the slots mean something in the cache's epoch `epoch` only."""
 
     request_id: str
     group: int
@@ -82,6 +82,7 @@ class Outstanding:
     keys: list[Any]
     blocks: list[int]
     codec: int = 0
+    epoch: int = 0
 
 
 @dataclass(slots=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvmem.engines.copiers import Copier
+    from kvmem.node.client import NodeCache
     from kvmem.store.arena import Arena
 
 __all__ = ["NEAR", "Comparer", "Shadows", "distance"]
@@ -52,6 +53,7 @@ class _Shadow:
     slots: dict[int, np.ndarray]
     generations: dict[int, np.ndarray]
     done: dict[int, int]
+    epoch: int = 0  # of the cache: in another one its slots are others'
 
 
 class Shadows:
@@ -65,7 +67,7 @@ class Shadows:
     """
 
     def __init__(
-        self, cache: Cache, groups: Sequence[GroupShape], share: float, bus: events.Bus
+        self, cache: Cache | NodeCache, groups: Sequence[GroupShape], share: float, bus: events.Bus
     ) -> None:
         self._cache = cache
         self._groups = tuple(groups)
@@ -98,6 +100,7 @@ class Shadows:
             {part.group: part.slots for part in parts},
             {part.group: part.generations for part in parts},
             {part.group: 0 for part in parts},
+            grant.epoch,
         )
         return True
 
@@ -108,7 +111,7 @@ class Shadows:
         shadow = self._of.get(request_id)
         if shadow is None or tables is None:
             return []
-        if shadow.tweak != keys.tweak:
+        if shadow.tweak != keys.tweak or shadow.epoch != self._cache.epoch:
             self.release(request_id)
             return []
         found = []

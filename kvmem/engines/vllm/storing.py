@@ -129,6 +129,7 @@ class Storing:
                     keys=keys[:stop] if self._cache.has_disk else [],
                     blocks=chosen,
                     codec=self._geometry.groups[group].int8 if seen.approximate else 0,
+                    epoch=room.epoch,
                 )
             )
         seen.receipt.refused += room.refused
@@ -167,6 +168,8 @@ class Storing:
             self._publish(wait, status, sums, share * len(wait.slots))
 
     def _publish(self, wait: Outstanding, status: np.ndarray, sums: Words, seconds: float) -> None:
+        if wait.epoch != self._cache.epoch:  # written where nobody looks any more
+            return
         # A failed block cuts the chain: what was reserved on top of it goes with it (I2).
         good = status == 0
         if not good.all():
@@ -196,4 +199,5 @@ class Storing:
 
     def _give_back(self, lost: list[Outstanding]) -> None:
         for wait in lost:
-            self._cache.abandon(wait.slots, wait.generations)
+            if wait.epoch == self._cache.epoch:
+                self._cache.abandon(wait.slots, wait.generations)

@@ -163,13 +163,18 @@ class Live:
 
     def weights_changed(self, reason: str) -> None:
         """All weights may be others than before, from here on; see the module."""
-        self.epoch = secrets.token_bytes(EPOCH_BYTES)  # first: it can't fail
+        self.apart()  # first: it can't fail
         log.info("kvmem: %s: what was stored is for other weights", reason)
         self._half.cache.drop("weights")
         hidden = [self._outdate(seen) for seen in list(self._half._seen.values())]
         emptied = self.empty_device()
         # Where something of the old weights can still be found there, nothing is stored on top.
         self._half._was_reset = not (emptied and all(hidden))
+
+    def apart(self) -> None:
+        """From here on what this engine stores and finds is under keys that no other engine has:
+        it was told not to believe what was stored, and what others store may be alike."""
+        self.epoch = secrets.token_bytes(EPOCH_BYTES)
 
     def adapters_told(self, states: Iterable[Held], reloaded: int | None = None) -> None:
         """Takes in what the workers say that they hold.

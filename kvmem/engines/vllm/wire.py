@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvmem.engines.vllm.adapters import Held
 from kvmem.engines.vllm.proof import ProofDone
+from kvmem.node.attaching import Attachment
 
 __all__ = [
     "MAP_FAILED",
@@ -115,6 +116,7 @@ class Orders(KVConnectorMetadata):
     requests whose load was promised and cannot be made: (request, device blocks). `confirm` asks
     for an acknowledgement even of a step that stores nothing, `prove` for what the worker's proof
     found. `awaited` are early loads of which no end was heard: a worker tells of those again.
+    found. Where the blocks are a node's, `node` is what the worker attaches by, and `arena` empty.
     """
 
     sequence: int
@@ -128,6 +130,7 @@ class Orders(KVConnectorMetadata):
     prove: bool = False
     awaited: list[str] = field(default_factory=list)
     compares: list[Compare] = field(default_factory=list)
+    node: Attachment | None = None
 
 
 @dataclass(slots=True)

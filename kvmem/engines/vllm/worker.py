@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from kvmem.config import Config
@@ -38,6 +39,8 @@ from kvmem.engines.vllm.wire import (
     StoreDone,
 )
 from kvmem.errors import EngineError, KVMemError, UnsupportedEngine
+from kvmem.node.attaching import Attachment, hello_of
+from kvmem.node.link import Link
 from kvmem.store.arena import Arena
 from kvmem.store.scratch import Scratch
 
@@ -70,6 +73,8 @@ class WorkerHalf:
         self._devices: list[Regions] = []
         self._tensors: list[torch.Tensor | Sequence[torch.Tensor]] = []
         self._arena: Arena | None = None
+        self._link: Link | None = None
+        self._mapped: Attachment | str = ""  # what `_arena` was mapped by, or was to be
         # One for each direction: a load that is under way must not take a store's threads, since
         # the engine's step waits for stores.
         self._loader: Copier | None = None
@@ -78,6 +83,9 @@ class WorkerHalf:
         self._ask_again = 1
         self._begun = 0
         self._loads: dict[Future[LoadDone], Load] = {}
+        # Of loads that have not begun, by request: the copier of their step's memory, whatever is
+        # mapped when their turn comes.
+        self._bound: dict[str, Copier] = {}
         self._received: set[str] = set()
         self._early: dict[str, LoadDone] = {}  # that are over, until the other half has heard it
         self._sent: set[str] = set()
@@ -141,10 +149,12 @@ class WorkerHalf:
         self._tell_again(orders)
         if orders.prove:
             self._acks.proofs = [ProofDone(self.rank, self._proof)]
-        if orders.loads and not self._map(orders.arena):
+        if orders.loads and not self._map(orders):
             self.fail_loads(orders)
             return
         for load in orders.loads:
+            if self._loader is not None:
+                self._bound[load.request_id] = self._loader
             self._loads[self._pool.submit(self._load, load)] = load
 
     def fail_loads(self, orders: Orders) -> None:
@@ -187,7 +197,7 @@ class WorkerHalf:
             self._failed.add(request_id)
 
     def _load(self, load: Load) -> LoadDone:
-        copier = self._loader
+        copier = self._bound.pop(load.request_id, self._loader)
         if copier is None:
             raise EngineError("kvmem: a load began without an arena")
         begin = time.perf_counter()
@@ -268,7 +278,7 @@ class WorkerHalf:
             if orders.confirm:
                 self._acks.stores.append(StoreDone(orders.sequence, [], [], 0.0))
             return
-        copier = self._storer if self._map(orders.arena) else None
+        copier = self._storer if self._map(orders) else None
         if copier is None:
             self.fail_stores(orders)
             return
@@ -294,7 +304,10 @@ class WorkerHalf:
 
     def compare(self, orders: Orders) -> None:
         """Compares blocks that this step computed with what is stored of them."""
-        if not orders.compares or not self._map(orders.arena) or self._arena is None:
+        if not orders.compares or not self._map(orders):
+            return
+        arena = self._arena
+        if arena is None:
             return
         if self._comparer is None:
             scratch = Scratch(AT_A_TIME, self.geometry.slot_bytes, self._ranks, bytes(32))
@@ -302,7 +315,7 @@ class WorkerHalf:
             copier = self._copier(scratch.buffer)
             self._comparer = Comparer(scratch, copier, self.rank, pieces, self._items)
         for order in orders.compares:
-            self._acks.compared.append(self._comparer.compare(self._arena, order))
+            self._acks.compared.append(self._comparer.compare(arena, order))
 
     def fail_stores(self, orders: Orders) -> None:
         """The step's stores are not made: their slots go back, and the engine its blocks."""
@@ -344,20 +357,45 @@ class WorkerHalf:
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._loader = self._storer = self._comparer = None
+        self._bound.clear()
         self._tensors.clear()
-        if self._arena is not None:
-            self._arena.close(unlink=False)
-            self._arena = None
+        self._unmap()
 
-    def _map(self, path: str) -> bool:
-        """Whether the arena is mapped; after a failure it is tried again ever more rarely."""
+    def _unmap(self) -> None:
+        """Lets go of the arena. A node is told so, where nothing of this process can write there
+        any more (I3): a load under way has its copier, and with that the memory."""
+        arena, self._arena = self._arena, None
+        link, self._link = self._link, None
+        self._loader = self._storer = None
+        if link is not None:
+            link.close()
+        elif arena is not None:
+            arena.close(unlink=False)
+
+    def _lost(self) -> None:
+        """The node has gone: nothing keeps its memory, so that the next one has room. Its link's
+        own thread says so; a copy under way keeps it to its end."""
+        self._arena = self._loader = self._storer = None
+
+    def _map(self, orders: Orders) -> bool:
+        """Whether the arena that the orders are for is mapped; after a failure it is tried again
+        ever more rarely."""
+        wanted = orders.node if orders.node is not None else orders.arena
+        if wanted != self._mapped:
+            self._unmap()
+            self._mapped, self._asked, self._ask_again = wanted, 0, 1
         if self._arena is not None:
             return True
         self._asked += 1
         if self._asked < self._ask_again:
             return False
+        self._unmap()
         try:
-            arena = Arena.open(Path(path))
+            if orders.node is not None:
+                self._link = self._attach(orders.node)
+                arena = self._link.arena
+            else:
+                arena = Arena.open(Path(orders.arena))
             with _all_cores():  # the copiers' threads are born here and keep this
                 buffer = np.frombuffer(arena.buffer, np.uint8)
                 self._loader, self._storer = self._copier(buffer), self._copier(buffer)
@@ -368,6 +406,17 @@ class WorkerHalf:
             return False
         self._arena = arena
         return True
+
+    def _attach(self, node: Attachment) -> Link:
+        hello = hello_of(
+            namespace=node.namespace,
+            slot_bytes=self.geometry.slot_bytes,
+            ranks=self._ranks,
+            groups=self.geometry.shapes,
+            label="",
+        )
+        hello = msgspec.structs.replace(hello, role="worker", token=node.token)
+        return Link(Path(node.folder), hello, self._lost)
 
     def _copier(self, buffer: np.ndarray) -> Copier:
         return copier_for(
