@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from benchmarks._blame_logs import Case
-from kvmem.blame.values import INVOLVED, Verdict
+from kvmem.blame.values import CLASSES, INVOLVED, Verdict
 
 __all__ = ["Tried", "again", "calibrate", "long_turn", "result", "table"]
 
@@ -144,14 +144,16 @@ def calibrate(done: Sequence[Tried], to: Path = CALIBRATION) -> None:
     from kvmem.blame.verdict import strength_of
 
     counted = _counted(done)
-    whole = sum(v.fault == t.label for t, v in counted) / len(counted)
+    right = sum(v.fault == t.label for t, v in counted)
+    whole = (right + 1) / (len(counted) + 2)  # Laplace: all right of a few is not certain
     kinds: dict[str, list[bool]] = collections.defaultdict(list)
     classes: dict[str, list[bool]] = collections.defaultdict(list)
     for t, v in counted:
         arms = {arm.name: arm for arm in v.arms}
         kinds[f"{v.fault}/{strength_of(v.fault, arms)}"].append(v.fault == t.label)
         classes[v.fault].append(v.fault == t.label)
-    prior = {c: (sum(r) + FEW * whole) / (len(r) + FEW) for c, r in sorted(classes.items())}
+    known = {name: classes.get(name, []) for name in CLASSES if name != "unknown"}
+    prior = {c: (sum(r) + FEW * whole) / (len(r) + FEW) for c, r in known.items()}
     share = {
         k: (sum(r) + FEW * prior[k.split("/")[0]]) / (len(r) + FEW)
         for k, r in sorted(kinds.items())
@@ -164,7 +166,7 @@ def calibrate(done: Sequence[Tried], to: Path = CALIBRATION) -> None:
         rows = "".join(f'\n    "{key}": {value:.3f},' for key, value in found.items())
         text = f"{before}{head}{rows}\n}}{after}"
     to.write_text(text, encoding="utf-8")
-    print(f"{len(counted)} turns, {whole:.3f} right: {to}")
+    print(f"{len(counted)} turns, {right} right: {to}")
 
 
 def long_turn(case: Case, renderer: Any, n_tokens: int) -> Any:

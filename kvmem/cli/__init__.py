@@ -485,6 +485,9 @@ def blame(
     influence: Annotated[
         bool, typer.Option("--influence", help="Leave each piece out once, to colour the page.")
     ] = False,
+    host_gb: Annotated[
+        float, typer.Option(help="Memory for prefixes of a model that runs here.")
+    ] = 0.5,
     show: Annotated[
         Literal["terminal", "json", "html"],
         typer.Option("--show", help="For people, machines, or as one page."),
@@ -506,7 +509,7 @@ def blame(
     options = Options(
         model=model, url=url, api_key=api_key, served_model=served_model, other=other_model,
         turn=turn, judge=judge, verify_kv=verify_kv, influence=influence,
-        shown="json" if as_json else show, output=output,
+        shown="json" if as_json else show, output=output, host_gb=host_gb,
     )  # fmt: skip
     code = run(runs, options)
     if code:

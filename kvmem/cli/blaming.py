@@ -43,6 +43,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     influence: bool = False
     shown: Shown = "terminal"
     output: Path | None = None
+    host_gb: float = 0.5
 
 
 class _Tried(msgspec.Struct, frozen=True):
@@ -130,11 +131,11 @@ def _engine(options: Options) -> Iterator[tuple[Any, Any, Other | None]]:
         return
     from kvmem.engines.transformers.scoring import open_scorer
 
-    with open_scorer(options.model) as scorer:
+    with open_scorer(options.model, host_gb=options.host_gb) as scorer:
         if not options.other:
             yield renderer, scorer, None
             return
-        with open_scorer(options.other) as theirs:
+        with open_scorer(options.other, host_gb=options.host_gb) as theirs:
             yield renderer, scorer, Other(renderer_of(options.other), theirs)
 
 

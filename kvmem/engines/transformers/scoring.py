@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from kvmem.engines.transformers.blocks import BlockCache
 from kvmem.engines.transformers.store import PrefixStore
@@ -30,7 +31,7 @@ GROUP_TOKENS = 32  # that share a scale, of keys: by channel (KIVI, arXiv 2402.0
 
 @contextmanager
 def open_scorer(
-    model: str, *, host_gb: float = 1.0, max_tokens: int = 8192
+    model: str, *, host_gb: float = 0.5, max_tokens: int = 8192
 ) -> Iterator[PackedScorer]:
     """A scorer on a checkpoint in float32: its folder, or its name on the Hugging Face hub.
 
@@ -38,6 +39,7 @@ def open_scorer(
         ConfigError: there is no such checkpoint.
         UnsupportedEngine: its model keeps other KV than full attention's.
     """
+    disable_progress_bar()  # the caller has one of its own
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError) as error:
