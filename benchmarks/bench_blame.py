@@ -34,7 +34,7 @@ MOST_TRIES = 8  # cases that are made for one that counts
 _engine: Any = None
 
 
-def engine(threads: int = 1, host_gb: float = 0.25) -> tuple[Any, Any, Any]:
+def engine(threads: int = 1, max_tokens: int = 1024) -> tuple[Any, Any, Any]:
     """Renderer, scorer and store of the real model, made once a process."""
     global _engine
     if _engine is None:
@@ -51,7 +51,7 @@ def engine(threads: int = 1, host_gb: float = 0.25) -> tuple[Any, Any, Any]:
         folder = ensure()
         renderer = ChatRenderer.of(transformers.AutoTokenizer.from_pretrained(folder))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        store = PrefixStore(model.eval(), host_gb=host_gb, max_tokens=8192)
+        store = PrefixStore(model.eval(), host_gb=max_tokens / 16_000, max_tokens=max_tokens)
         _engine = (renderer, PackedScorer(store), store)
     return _engine
 
@@ -106,7 +106,7 @@ def cost(n_tokens: int) -> dict[str, Any]:
     from kvmem.blame.evidence import find
     from kvmem.blame.scorer import FRESH
 
-    renderer, scorer, _ = engine(host_gb=0.25 + n_tokens / 10_000)
+    renderer, scorer, _ = engine(max_tokens=min(8192, n_tokens + 1024))
     turn = figures.long_turn(make("dropped", 99, 0), renderer, n_tokens)
     warm = Replays(turn, renderer, scorer)
     warm.as_served(), warm.full()  # they were served before
