@@ -83,7 +83,7 @@ def main() -> None:
 
     chosen = list(runs(options.data))
     chosen = chosen[: options.sessions or (6 if options.short else len(chosen))]
-    renderer, scorer, _ = engine(threads=2, max_tokens=8192)
+    renderer, scorer, _ = engine(max_tokens=8192)
     counts = dict.fromkeys(("step", "agent", "last_step", "last_agent"), 0)
     chance = {"step": 0.0, "agent": 0.0}
     replayed = cached = 0
