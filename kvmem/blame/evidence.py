@@ -45,6 +45,8 @@ class Question:
         # Its words, in order, each with its parts: `timeout_ms` is one.
         parts = [terms(word) & self.terms for word in self.text.split()]
         self.words = [part for part in parts if part]
+        # With those that the history never uses: one of them may be what is asked about.
+        self.n_asked = len({frozenset(terms(word)) for word in self.text.split() if terms(word)})
 
     def n_words(self, text: set[str]) -> int:
         """How many of its words a set of terms has, whole."""
@@ -147,7 +149,7 @@ def _by_lines(question: Question, turn: Turn) -> list[set[str]]:
         if values(line, but=[question.text])
     ]
     # What is asked, and of what: a line that has but one of the two tells of another thing.
-    least = min(2, question.n_words(question.terms))
+    least = min(2, question.n_asked)
     spoken = [one for one in spoken if question.n_words(one[1]) >= least]
     while len(found) < MOST_FACTS:
         best = max(spoken, key=lambda one: question.coverage(one[1] - covered), default=None)

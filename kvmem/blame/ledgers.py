@@ -69,7 +69,7 @@ def turns_of_ledgers(path: Path, renderer: Renderer) -> list[Turn]:
             continue
         # What follows the question (calls and results) is part of what it could know.
         before = [s for i, s in enumerate(spans[1:at], 1) if i != asked]
-        full = [m for s, m in history if not _same(s, spans[asked]) and s not in spans[at:]]
+        full = _known_at(history, spans[asked], spans[asked + 1 : at], spans[at:])
         told = known.get(str(number), _Expected())
         one = spans[at]
         turns.append(
@@ -83,6 +83,17 @@ def turns_of_ledgers(path: Path, renderer: Renderer) -> list[Turn]:
             )
         )  # fmt: skip
     return turns
+
+
+def _known_at(
+    history: Sequence[tuple[Span, Any]], asked: Span, since: Sequence[Span], later: Sequence[Span]
+) -> list[Any]:
+    """The history without the question, its answer and what came later."""
+    n_later = sum(_same(asked, span) for span in later)  # the same question may come again
+    places = [i for i, (span, _) in enumerate(history) if _same(span, asked)]
+    at = places[-1 - n_later] if len(places) > n_later else len(history)
+    kept = [message for _, message in history[:at]]
+    return kept + [m for s, m in history[at + 1 :] if any(_same(s, one) for one in since)]
 
 
 def _turn(name: str, renderer: Renderer, ledger: Ledger, *, told: _Expected, **fields: Any) -> Turn:

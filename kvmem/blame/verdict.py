@@ -34,8 +34,10 @@ def decide(
     fault, cause = _fault(turn, arms, evidence, residency)
     strength = strength_of(fault, arms)
     confidence = confidence_of(fault, strength)
-    if fault not in ("ok", "unknown") and confidence < UNKNOWN_BELOW:
-        fault, cause = "unknown", ""
+    # Evidence that only words speak for, and that is enough in one wording and not in another.
+    guess = strength == "thin" and not _is_sure(evidence)
+    if fault not in ("ok", "unknown") and (guess or confidence < UNKNOWN_BELOW):
+        fault, cause, confidence = "unknown", "", 0.0
     blamed = next((r for r in residency if r.cause == cause), None) if cause else None
     if blamed is None:
         blamed = next((r for r in residency if not r.value), None)
@@ -71,10 +73,14 @@ def _fault(
         worst = absent or [r for r in residency if r.cause]
         return "context", worst[0].cause if worst else "buried"
     said = any(turn.expected in one.values for one in evidence) if turn.expected else True
-    sure = all(e.values and e.why in ("argument", "given") for e in evidence)
-    if not said and not sure and not (informs(o, n) or informs(restated, n)):
+    if not said and not _is_sure(evidence) and not (informs(o, n) or informs(restated, n)):
         return "source", ""
     return ("both", absent[0].cause) if absent else ("model", "")
+
+
+def _is_sure(evidence: Sequence[Evidence]) -> bool:
+    """Whether all of it was given, or is the result of a call with the question's arguments."""
+    return all(e.values and e.why in ("argument", "given") for e in evidence)
 
 
 def informs(arm: Arm, question: Arm) -> bool:

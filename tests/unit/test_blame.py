@@ -109,6 +109,15 @@ def test_what_was_never_asked_of_a_tool_is_not_found() -> None:
     assert find(turn(without, without)) == []
 
 
+@pytest.mark.parametrize("service", ["billing", "mailer"])
+def test_half_of_what_was_asked_is_not_found(service: str) -> None:
+    # "billing" is told of with another key, "mailer" nowhere; the key is told of others.
+    full = [USER, *call("search", "port", "search.port = 81", 1),
+            *call("billing", "size", "billing.size = 82", 2)]  # fmt: skip
+    asked = {"role": "user", "content": f"What is port of {service}?"}
+    assert find(turn_of("r", asked, full, full, expected="7")) == []
+
+
 def test_text_without_calls_is_found_by_its_lines() -> None:
     full = [USER, {"role": "user", "content": "Notes.\nbilling has timeout_ms 4300.\nBye."}]
     (found,) = find(turn(full, full))
@@ -268,6 +277,18 @@ def test_attribution_finds_what_no_word_of_the_question_does(renderer: ChatRende
     assert [(e.index, e.why) for e in verdict.evidence] == [(1, "attribution")]
     assert (verdict.fault, verdict.cause) == ("context", "lost")
     assert verdict.influence[1] > 1.0 > abs(verdict.influence[2])
+
+
+@pytest.mark.parametrize(("given", "fault"), [((), "unknown"), ((1,), "context")])
+def test_evidence_by_words_alone_that_one_wording_undoes_is_no_verdict(
+    renderer: ChatRenderer, given: tuple[int, ...], fault: str
+) -> None:
+    full = [USER, {"role": "user", "content": "billing has timeout_ms 4300."}]
+    # Enough as notes, not as it was said.
+    engine = Reader(renderer, lambda text, kv: "4300" if "Known facts" in text else "900")
+    verdict = try_turn(turn([USER], full, evidence=given), renderer, engine)
+    assert verdict.fault == fault
+    assert (verdict.confidence > 0.5) is (fault != "unknown")
 
 
 def test_a_judge_decides_where_there_are_no_candidates(renderer: ChatRenderer) -> None:

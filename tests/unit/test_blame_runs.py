@@ -99,6 +99,22 @@ def test_ledgers_give_the_very_prompt_the_undone_epoch_and_the_restored_span(
         read_run(tmp_path)
 
 
+def test_a_question_that_is_asked_again_knows_what_came_before_it(
+    tmp_path: Path, renderer: ChatRenderer
+) -> None:
+    one = Ledger.open(renderer, system="Be brief.", session_id="s")
+    sent = []
+    for said in ("900", "7"):
+        one.append(ASKED)
+        sent.append(answered(one, said, renderer))
+    one.save(tmp_path / "0.ledger")
+    first, second = read_run(tmp_path, renderer)
+    assert [list(first.served_ids), list(second.served_ids)] == sent
+    assert (first.full, first.answered, second.answered) == ((), "900", "7")
+    assert [p.text for p in second.full] == [p.text for p in second.served]
+    assert [p.text for p in second.full] == [ASKED["content"], "900"]
+
+
 # -- the server ------------------------------------------------------------------------------------
 
 
