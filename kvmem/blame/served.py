@@ -69,7 +69,7 @@ class ServedScorer:
             base_url=base, timeout=TIMEOUT_S, transport=transport,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         )  # fmt: skip
-        self._own_salt = f"kvmem.blame/{uuid.uuid4().hex}"
+        self._own_salt = f"kvmem.blame.{uuid.uuid4().hex}"  # vLLM takes no slash in one
         self._model = model
 
     def score(

@@ -94,5 +94,6 @@ def test_a_lost_fact_is_found_over_http(served: Server, smollm2: str, tmp_path: 
     enough = arms["O"]["right"] or arms["P"]["right"]
     assert verdict["fault"] == ("context" if enough else "both")
     assert done.returncode == 1
-    # The other run found the same history on the server.
-    assert kept["verdicts"][0]["cached_tokens"] > 0
+    # The other run, which came first, had the same history.
+    assert [v["turn"] for v in kept["verdicts"]] == ["kept/0"]
+    assert arms["F"]["cached_tokens"] >= (arms["F"]["prompt_tokens"] - 1) // BLOCK * BLOCK > 0

@@ -163,6 +163,8 @@ def test_fresh_kv_is_asked_under_a_salt_that_is_nobody_elses() -> None:
     salts = [b.get("cache_salt") for b in (*server.bodies, *other.bodies)]
     assert salts[0] == "tenant"
     assert salts[1] == salts[2] != salts[3]
+    assert not set(salts[1]) & set("@/\\\0")  # vLLM refuses those, and more than 128 characters
+    assert len(salts[1]) <= 128
 
 
 @pytest.mark.parametrize(
