@@ -43,7 +43,7 @@ def _turn(turn: Turn, verdict: Verdict) -> Iterator[str]:
     cause = f", {verdict.cause}" if verdict.cause else ""
     yield f"<h2>{escape(verdict.turn)}: {verdict.fault}{cause}</h2>"
     yield (
-        f"<p>{escape(verdict.why)} Confidence {verdict.confidence:.0%}."
+        f"<p>{escape(verdict.why)} Confidence {min(verdict.confidence, 0.99):.0%}."
         f"{' <b>Fix:</b> ' + escape(verdict.fix) if verdict.fix else ''}</p>"
         f"<p>Asked: {escape(turn.asked)}<br>Expected: {escape(turn.expected or '(a judge)')}"
         f"<br>Answered: {escape(turn.answered or '(not recorded)')}</p>"

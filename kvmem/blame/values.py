@@ -229,7 +229,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     def explain(self) -> str:
         """A few lines for people."""
         cause = f" ({self.cause})" if self.cause else ""
-        lines = [f"{self.turn}: {self.fault}{cause}, confidence {self.confidence:.0%}. {self.why}"]
+        sure = min(self.confidence, 0.99)
+        lines = [f"{self.turn}: {self.fault}{cause}, confidence {sure:.0%}. {self.why}"]
         lines += [
             f"  {arm.name}  {'right' if arm.right else 'wrong'}  {arm.margin:+7.2f} nats  "
             f"{arm.answer[:60]!r}"
