@@ -14,6 +14,7 @@ from collections.abc import Callable
 import msgspec
 
 __all__ = [
+    "AnswerChanged",
     "Answered",
     "Bus",
     "Cleared",
@@ -200,6 +201,16 @@ class Proof(Event, frozen=True, kw_only=True, tag="proof"):
 
     tier: str
     error: str
+
+
+class AnswerChanged(Event, frozen=True, kw_only=True, tag="answer_changed"):
+    """A turn that was looked at again is answered otherwise with exact KV: from its answer's token
+    `at` on, which exact KV prefers by so many nats; 0 where one of the answers only ends sooner."""
+
+    session: str
+    turn: int
+    at: int
+    nats: float
 
 
 class Failure(Event, frozen=True, kw_only=True, tag="failure"):

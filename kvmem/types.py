@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["INT8_CODECS", "GroupShape", "Namespace"]
+__all__ = ["INT8_CODECS", "GroupShape", "Namespace", "Sampled", "Scored"]
 
 
 # The disk's approximate codec for elements of each kind (docs/formats.md, "stored").
@@ -146,3 +146,25 @@ class Recovered(msgspec.Struct, frozen=True):
     checksums: Any
     keys: Any
     parents: Any
+
+
+class Scored(msgspec.Struct, frozen=True):
+    """What candidate answers are worth behind one prompt.
+
+    `logprobs[i]` is ln P(candidate i | prompt), summed over its tokens, before any temperature.
+    `cached_tokens` of the prompt's `prompt_tokens` were not computed for it.
+    """
+
+    logprobs: tuple[float, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    seconds: float
+
+
+class Sampled(msgspec.Struct, frozen=True):
+    """An answer to one prompt, as token ids; the rest as in `Scored`."""
+
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    seconds: float

@@ -1,5 +1,5 @@
 """The kvmem command: `demo`, `serve`, `node`, `gateway`, `top`, `dashboard`, `stats`, `explain`,
-`quote`, `where`, `inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`.
+`quote`, `where`, `inspect`, `switch`, `quarantine`, `verify`, `lint`, `replay`, `blame`.
 
 Thin: it reads arguments and hands them to the room that does the work, imported when it is asked
 for. A `KVMemError` ends as one line on stderr and exit code 2.
@@ -18,7 +18,7 @@ import msgspec
 import typer
 
 from kvmem import config
-from kvmem.cli import looking, node
+from kvmem.cli import looking, node, trials
 from kvmem.errors import KVMemError
 
 __all__ = ["app", "main"]
@@ -61,6 +61,7 @@ bit, when a prompt begins the same way.
   kvmem verify            look through what is on the disk, every byte
   kvmem lint log.jsonl    what broke a prompt's prefix, in logs and transcripts
   kvmem replay log.jsonl  what other sizes and eviction orders would have kept of those prompts
+  kvmem blame run.json    was it the cache, the context or the model that failed
 """,
 )
 
@@ -459,6 +460,7 @@ def replay(
 
 looking.add(app)
 app.add_typer(node.app, name="node")
+trials.add(app)
 
 
 def _is_on(given: Literal["on", "off"] | None) -> bool | None:

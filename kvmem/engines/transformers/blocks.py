@@ -276,6 +276,18 @@ class BlockCache(Cache):
                 return False
         return True
 
+    def forget(self) -> None:
+        """The KV in the lane is no longer that of its tokens: nothing of it is kept (I1, I10)."""
+        self._known = False
+        self.fed.clear()
+
+    def lanes(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each layer keys and values, [tokens, heads, dim], the lane's own memory until `close`.
+
+        Whoever writes into it calls `forget` first.
+        """
+        return [(one._keys[: one.length], one._values[: one.length]) for one in self._lane]
+
     @property
     def kept_tokens(self) -> list[int]:
         """The tokens whose KV is in the lane, as far as it is known what they are."""

@@ -336,6 +336,11 @@ class PrefixStore:
     # -- the whole ---------------------------------------------------------------------------
 
     @property
+    def block_tokens(self) -> int:
+        """Tokens of a block."""
+        return self._pool.block_tokens
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a block, all layers."""
         return self._pool.regions.block_bytes
