@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -60,6 +61,7 @@ class Attaching:
         self.bus = bus
         self.epoch = 0
         self.away = 0  # times that the node went away
+        self._away_since_s: float | None = None
         self._like = like
         self._deadline_s = deadline_s
         self._on_trouble = on_trouble
@@ -82,6 +84,7 @@ class Attaching:
             self._attach(wait_s)
             self.adopt()
         if self._channel is None:
+            self._away_since_s = time.monotonic()
             self._wanted.set()
         self._thread.start()
 
@@ -113,7 +116,10 @@ class Attaching:
         self._has_disk = welcome.has_disk
         self._channel = channel
         self._attached(welcome, known=known)
-        self.bus.emit(events.TierOn(tier="node", seconds=0.0))
+        if self._away_since_s is not None:
+            away_s = time.monotonic() - self._away_since_s
+            self._away_since_s = None
+            self.bus.emit(events.TierOn(tier="node", seconds=away_s))
         return self._channel is not None
 
     def _attached(self, welcome: wire.Welcome, *, known: bool) -> None:
@@ -131,6 +137,7 @@ class Attaching:
             return
         channel.close()
         self.away += 1
+        self._away_since_s = time.monotonic()
         self._gone()
         self.bus.emit(events.TierOff(tier="node", error=f"{type(error).__name__}: {error}"))
         self._tell(f"the node at {self.folder} is away: {type(error).__name__}: {error}")

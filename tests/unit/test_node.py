@@ -304,6 +304,7 @@ def test_a_client_attaches_to_the_next_node(path: Path) -> None:
             events.TierOff,
             events.TierOn,
         ]
+        assert heard[-1].seconds > 0
         cache.close()
         until(lambda: totals(node) == (0, 0, 0))
 
