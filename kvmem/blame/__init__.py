@@ -7,10 +7,10 @@ print(verdict.explain())          # what was at fault, how sure that is, and wha
 
 from __future__ import annotations
 
+from kvmem.blame.asserting import ContextFault, assert_not_context_fault
 from kvmem.blame.judge import Judge, judge_of
 from kvmem.blame.runs import read_run
 from kvmem.blame.scorer import Sampler, Scorer
-from kvmem.blame.testing import ContextFault, assert_not_context_fault
 from kvmem.blame.trial import Other, try_turn
 from kvmem.blame.values import Arm, Epoch, Evidence, Piece, Residency, Turn, Verdict
 
