@@ -1,33 +1,21 @@
 """What agents do next, told to the engine: `POST /v1/kvmem/hints` of vLLM with kvmem in it.
 
 Hints are put on their way and never waited for. At most one request is out at a time, and what
-comes meanwhile goes with the next one; of more than `MOST` that wait the oldest are dropped. A
-server without the endpoint is asked once (I9).
+comes meanwhile goes with the next one (`kvmem.agents.waiting`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import deque
 from typing import TYPE_CHECKING
 
-from kvmem import hints
 from kvmem.agents.announcing import Hint
-from kvmem.hints import MOST_ACTIONS, AnyAction, envelope_of
+from kvmem.agents.waiting import CLOSE_S, PATH, Waiting
 
 if TYPE_CHECKING:
     from kvmem.agents.wire import Wire
 
 __all__ = ["EngineHints"]
-
-log = logging.getLogger("kvmem.agents")
-
-PATH = "/v1/kvmem/hints"
-MOST = 1024  # that wait
-CLOSE_S = 2.0  # to send the last ones
-ABSENT = frozenset({404, 405, 501})
-NAME, TOOL = 256, 64  # characters that the contract allows
 
 
 class EngineHints:
@@ -39,17 +27,29 @@ class EngineHints:
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self._waiting: deque[tuple[str, AnyAction]] = deque(maxlen=MOST)
+        self._waiting = Waiting(wire.base_url)
         self._sending: asyncio.Task[None] | None = None
-        self.off = False
-        self.n_sent = self.n_lost = 0
+        self._closed = False
+
+    @property
+    def off(self) -> bool:
+        """Whether none are sent any more."""
+        return self._closed or self._waiting.off
+
+    @property
+    def n_sent(self) -> int:
+        """Hints that the engine took."""
+        return self._waiting.n_sent
+
+    @property
+    def n_lost(self) -> int:
+        """Hints that it did not."""
+        return self._waiting.n_lost
 
     def announce(self, hint: Hint) -> None:
         """Puts a hint on its way."""
-        if self.off or not hint.session_id or len(hint.session_id) > NAME:
+        if self._closed or not self._waiting.put(hint):
             return
-        self.n_lost += len(self._waiting) == MOST
-        self._waiting.append((hint.cache_salt, _action(hint)))
         if self._sending is None or self._sending.done():
             self._sending = asyncio.get_running_loop().create_task(self._send())
 
@@ -61,30 +61,10 @@ class EngineHints:
             if not sending.done():
                 sending.cancel()
                 await asyncio.wait({sending})
-        self.off = True
+        self._closed = True
+        self._waiting.drop()
 
     async def _send(self) -> None:
         while self._waiting and not self.off:
-            salt, first = self._waiting.popleft()
-            batch = [first]
-            while self._waiting and len(batch) < MOST_ACTIONS and self._waiting[0][0] == salt:
-                batch.append(self._waiting.popleft()[1])
-            status = await self._wire.post(PATH, {**envelope_of(batch), "cache_salt": salt})
-            if status in ABSENT:
-                self.off = True
-                self._waiting.clear()
-                log.info("%s takes no hints (%s): none are sent", self._wire.base_url, status)
-            elif status != 200:
-                self.n_lost += len(batch)
-                log.warning("%d hints were lost: status %s", len(batch), status)
-            else:
-                self.n_sent += len(batch)
-
-
-def _action(hint: Hint) -> AnyAction:
-    if hint.what == "session_end":
-        return hints.SessionEnd(session=hint.session_id)
-    tool = hint.tool[:TOOL] or "?"
-    if hint.what == "tool_start":
-        return hints.ToolStarted(session=hint.session_id, tool=tool)
-    return hints.ToolEnded(session=hint.session_id, tool=tool)
+            body, n = self._waiting.lot()
+            self._waiting.answered(n, await self._wire.post(PATH, body))

@@ -163,6 +163,14 @@ def test_hints_reach_the_engine_in_order_from_any_thread(engine: Engine) -> None
     assert (announcer.n_sent, announcer.n_lost) == (3, 0)
 
 
+def test_a_session_is_told_of_under_its_own_salt(engine: Engine) -> None:
+    with EngineAnnouncer(engine.url) as announcer:
+        for session, salt in (("a", "x"), ("b", "x"), ("c", "y"), ("d", "")):
+            announcer.announce(Hint("session_end", session, 0, cache_salt=salt))
+    told = {one["session"]: body["cache_salt"] for body in engine.bodies for one in body["actions"]}
+    assert told == {"a": "x", "b": "x", "c": "y", "d": ""}
+
+
 @pytest.mark.parametrize("engine", [404], indirect=True)
 def test_an_engine_without_the_endpoint_is_asked_once(engine: Engine) -> None:
     announcer = EngineAnnouncer(engine.url)
@@ -172,6 +180,7 @@ def test_an_engine_without_the_endpoint_is_asked_once(engine: Engine) -> None:
     announcer.close()
     assert announcer.off
     assert len(engine.bodies) == 1
+    assert (announcer.n_sent, announcer.n_lost) == (0, 1)  # the second was not taken
 
 
 @pytest.mark.parametrize("engine", [503], indirect=True)

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from kvmem.agents import Hint, Runtime, tool
-from kvmem.agents.hinting import MOST, EngineHints
+from kvmem.agents.hinting import EngineHints
+from kvmem.agents.waiting import MOST
 from kvmem.hints import MOST_ACTIONS, SessionEnd, ToolEnded, ToolStarted, read_hints
 from tests.fake_engine import FakeEngine, runtime
 
