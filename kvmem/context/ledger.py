@@ -319,7 +319,14 @@ class Ledger:
         """
         if self._asked is None:
             raise PrefixBroken("Nothing was asked", next_step="Send what `request` returns first.")
-        chosen = response["choices"][choice]
+        choices = response.get("choices")
+        if not isinstance(choices, Sequence) or not -len(choices) <= choice < len(choices):
+            said = str(response.get("error") or choices)[:200]
+            raise PrefixBroken(
+                f"The response has no choice {choice}: {said}",
+                next_step="`retract` the request, or send it again and commit its answer.",
+            )
+        chosen = choices[choice]
         sampled = chosen.get("token_ids")
         echoed = chosen.get("prompt_token_ids") or response.get("prompt_token_ids")
         if sampled is None or echoed is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -58,17 +58,23 @@ def mask(
         tools: those of the head, all of them.
         allow: a pattern of names: "browser_*".
         mode: "auto": text, or calls of allowed tools; "required": a call of an allowed tool;
-            "none": no call.
+            "none": no call, as far as the model begins it with the tokens that it was taught: the
+            same letters in other tokens are not held back. Where that matters too, ask the chat
+            endpoint with `tool_choice: "none"`, which parses no call.
         form: how the model writes calls.
 
     Raises:
-        ConfigError: a call is required and no tool is allowed.
+        ConfigError: a call is required and no tool is allowed, or there is no such mode.
     """
+    if mode not in get_args(Mode):
+        raise ConfigError(
+            f"{mode!r} is no mode", next_step=f"One of {', '.join(get_args(Mode))}.", setting="mode"
+        )
     functions = [dict(tool.get("function") or tool) for tool in tools]
     allowed = [f for f in functions if fnmatch.fnmatchcase(str(f["name"]), allow)]
     names = tuple(str(f["name"]) for f in allowed)
     if mode == "none" or (mode == "auto" and not allowed):
-        # What begins a call cannot be sampled.
+        # The usual tokens of what begins a call cannot be sampled.
         return Mask((), {"bad_words": [form.begin.strip()]})
     if not allowed:
         raise ConfigError(

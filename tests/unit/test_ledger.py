@@ -124,6 +124,9 @@ def test_an_engine_that_was_asked_something_else_is_found_out() -> None:
     assert raised.value.at == 7
     with pytest.raises(PrefixBroken, match="no token ids"):
         one.commit({"choices": [{"text": "yes"}]})
+    for none in ({"error": {"message": "overloaded"}}, {"choices": []}, {"choices": None}):
+        with pytest.raises(PrefixBroken, match="has no choice 0"):
+            one.commit(none)
     for ids in ([-1], [1 << 40], [True], ["7"], [1.5]):
         chosen = {**response["choices"][0], "token_ids": ids}
         with pytest.raises(PrefixBroken, match="token ids are none"):

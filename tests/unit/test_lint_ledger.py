@@ -64,11 +64,14 @@ def test_a_ledger_has_no_break_and_its_cached_tokens_are_predicted(tmp_path: Pat
     path = tmp_path / "planner.ledger"
     for ledger in (one, one.rewrite(Drop(1, 2))):
         ledger.save(path)
-        report = lint_file(path, block_tokens=4, with_requests=True)
+        report = lint_file(path, block_tokens=2, with_requests=True)
         assert (report.n_breaks, report.n_faults) == (0, 0)
         sampled = [span for span in ledger.spans if span.sampled]
         asked = [span.stop - span.sampled for span in sampled]
         assert [r.prompt for r in report.requests] == asked
-        # All whole blocks of the last prompt.
+        # All whole blocks of the last prompt and its answer, whose last token was never computed.
         told = [r.cached for r in report.requests[1:]]
-        assert told == [n // 4 * 4 for n in asked[:-1]]
+        computed = [span.stop - 1 for span in sampled[:-1]]
+        ideal = [min(a, b - 1) // 2 * 2 for a, b in zip(computed, asked[1:], strict=True)]
+        assert told == ideal
+        assert told != [n // 2 * 2 for n in asked[:-1]]

@@ -44,3 +44,8 @@ def test_none_and_nothing_allowed_forbid_the_beginning_of_a_call() -> None:
 def test_a_required_call_of_no_tool_is_refused() -> None:
     with pytest.raises(ConfigError, match="Known: browser_open, browser_click, shell_run"):
         mask(TOOLS, allow="mail_*", mode="required")
+
+
+def test_a_mode_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'requried' is no mode"):
+        mask([{"function": {"name": "a"}}], mode="requried")  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ class Linter:
         self.tally.unit = "token"
         if per_id == 1:
             size, block = len(ids), self._block
-            cached = self._tokens.find(ids)
+            cached = self._tokens.find(ids, call.output)
         else:
             self.tally.block_tokens = block = per_id
             size = call.input_tokens if call.input_tokens is not None else len(ids) * per_id

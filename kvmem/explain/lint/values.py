@@ -48,6 +48,8 @@ class Call(msgspec.Struct):
     Its prompt is `parts`, or where only numbers were recorded `ids`, each for `tokens_per_id`
     tokens. `agent` None: the log does not say, and the prompt itself decides. `known_ids` of the
     ids' front are those of an earlier call in the same scope, so that nobody compares them again.
+    `output` is what the model sampled, where its ids are known: the engine has computed all of it
+    but the last.
     `at_s` is when it came, on the log's clock; before that its agent waited `waited_s` for what
     `waited_for` says, "tool" or "user", where the log tells.
     """
@@ -61,6 +63,7 @@ class Call(msgspec.Struct):
     ids: list[int] | None = None
     tokens_per_id: int = 1
     known_ids: int = 0
+    output: list[int] = []
     scope: Literal["session", "global"] = "global"
     input_tokens: int | None = None
     at_s: float | None = None

@@ -49,6 +49,7 @@ def calls(path: Path) -> Iterator[Call | Fault]:
     for number, span in enumerate(saved.spans):
         if span.sampled:
             prompt = ids[: span.stop - span.sampled].tolist()
+            output = ids[span.stop - span.sampled : span.stop].tolist()
             yield Call(number + 1, saved.session_id or str(path), "main", ids=prompt,
-                       known_ids=known)  # fmt: skip
+                       known_ids=known, output=output)  # fmt: skip
             known = len(prompt)
