@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,3 +90,24 @@ def test_a_log_of_messages_is_predicted_as_its_token_ids(block_tokens: int, tmp_
     )
     reach = min(len(prompts[2]) - len("<|im_start|>assistant\n"), len(last) - 1)
     assert found.lost_tokens == reach // block_tokens * block_tokens - expected[3]
+
+
+def test_what_another_model_or_salt_was_sent_is_not_found(tmp_path: Path) -> None:
+    def request(session: str, **more: Any) -> str:
+        message = {"role": "user", "content": "one two three four five six seven " * 9}
+        return json.dumps({"session_id": session, "request": {"messages": [message], **more}})
+
+    log = tmp_path / "log.jsonl"
+    lines = [
+        request("a", model="g"), request("b", model="h"), request("c", model="g", cache_salt="x"),
+        request("d", model="g"), request("e", model="g", cache_salt="x"),
+    ]  # fmt: skip
+    log.write_text("\n".join(lines) + "\n")
+    found = [one.cached for one in lint_file(log, with_requests=True).requests]
+    assert found[:3] == [0, 0, 0]
+    assert found[3] == found[4] > 100
+    cache = PrefixCache(4)
+    assert cache.find(list(range(9)), place="g") == 0
+    assert cache.find(list(range(9)), place="h") == 0
+    assert cache.find(list(range(9))) == 0
+    assert cache.find(list(range(9)), place="g") == 8

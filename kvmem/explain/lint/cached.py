@@ -34,13 +34,16 @@ class PrefixCache:
         self._most = most_blocks
         self._known: dict[bytes, None] = {}
 
-    def find(self, prompt: Sequence[int], output: Sequence[int] = ()) -> int:
+    def find(self, prompt: Sequence[int], output: Sequence[int] = (), *, place: str = "") -> int:
         """Tokens of `prompt` found; the prompt and its output are remembered then.
 
-        The last token of an output is sampled and never computed, so it fills no block.
+        The last token of an output is sampled and never computed, so it fills no block. `place`:
+        the cache that it is sent to, where a log is of several.
         """
         tokens = [*prompt, *output[:-1]]
-        keys = list(self._hasher.hash_blocks(tokens))
+        n = len(tokens) // self._block_tokens
+        extra = [(place,), *[None] * (n - 1)] if place and n else None
+        keys = list(self._hasher.hash_blocks(tokens, extra_keys=extra))
         most = max(0, (len(prompt) - 1) // self._block_tokens)
         found = 0
         while found < min(most, len(keys)) and keys[found] in self._known:

@@ -27,6 +27,7 @@ class Chain:
         self.parts: list[Part] = []
         self.reply: Part | None = None
         self.model: str | None = None
+        self.place = ""  # in which equal prompts are one: a model's cache, under a salt
         self.units: list[str | list[int]] = []  # of each part
         self.keys: list[bytes] = []  # of each part with all before it
         self.size = 0

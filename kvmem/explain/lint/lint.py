@@ -19,7 +19,6 @@ from kvmem.explain.lint.volatile import common_length
 __all__ = ["Linter", "lint_file"]
 
 _EXCERPT = 60
-_NO_KEY = b""
 _FEW = 0.2  # of the ids are kept: less is a compaction
 Repair = Callable[[Call, Chain], None]
 
@@ -142,11 +141,14 @@ class Linter:
         n_same = first_difference(chain.parts, call.parts)
         n_same = len(chain.parts) if n_same is None else n_same
         units = [*chain.units[:n_same], *map(self._measure.units, call.parts[n_same:])]
-        keys = self._keys(chain, call.parts, n_same)
+        place = f"{call.model or chain.model or ''}\0{call.cache_salt}"
+        stays = place == chain.place
+        keys = self._keys(chain, call.parts, n_same if stays else 0, place)
+        chain.place = place
         size = sum(map(len, units))
         at = self._first_broken(call, chain, before)
         moved = chain.turn > 0 and _differ(chain.model, call.model)
-        cached = self._cached(chain, units, keys, n_same, moved)
+        cached = self._cached(chain, units, keys, n_same if stays else -1, moved)
         if self._measure.unit == "token":
             size += len(self._measure.tail())
         again = 0
@@ -172,9 +174,10 @@ class Linter:
             return None if call.parts[0].text.startswith(before[0].text) else 0
         return first_difference(before, call.parts)
 
-    def _keys(self, chain: Chain, parts: list[Part], n_same: int) -> list[bytes]:
+    def _keys(self, chain: Chain, parts: list[Part], n_same: int, place: str) -> list[bytes]:
         keys = chain.keys[:n_same]
-        last = keys[-1] if keys else _NO_KEY
+        begin = hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        last = keys[-1] if keys else begin
         for part in parts[n_same:]:
             text = "\0".join((part.kind, part.role, part.text))
             last = hashlib.blake2b(
@@ -193,7 +196,8 @@ class Linter:
     ) -> int:
         if self._measure.unit == "token":
             prompt = [token for part in units for token in part]
-            found = self._tokens.find([*prompt, *self._measure.tail()])  # type: ignore[list-item]
+            whole_prompt = [*prompt, *self._measure.tail()]
+            found = self._tokens.find(whole_prompt, place=chain.place)  # type: ignore[arg-type]
             return 0 if moved else found
         whole = 0
         while whole < len(keys) and keys[whole] in self._prefixes:

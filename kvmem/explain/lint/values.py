@@ -60,6 +60,7 @@ class Call(msgspec.Struct):
     parts: list[Part] = []
     reply: Part | None = None
     model: str | None = None
+    cache_salt: str = ""
     ids: list[int] | None = None
     tokens_per_id: int = 1
     known_ids: int = 0

@@ -75,7 +75,7 @@ def _is_body(value: dict[str, Any]) -> bool:
 
 def _call(line: int, record: dict[str, Any], body: dict[str, Any]) -> Call:
     parts = _responses(body) if "messages" not in body else _messages(body)
-    model = body.get("model")
+    model, salt = body.get("model"), body.get("cache_salt")
     return Call(
         line,
         _named(record, _SESSIONS) or _session_in(body),
@@ -83,6 +83,7 @@ def _call(line: int, record: dict[str, Any], body: dict[str, Any]) -> Call:
         parts=parts,
         reply=_reply(record),
         model=model if isinstance(model, str) else None,
+        cache_salt=salt if isinstance(salt, str) else "",
         record=record,
         body=body,
     )
