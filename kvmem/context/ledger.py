@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from kvmem import hints
 from kvmem.context import epochs, file
 from kvmem.context.offload import BlobStore
 from kvmem.context.probe import RULES, probe
@@ -60,6 +61,8 @@ class Ledger:
         self._system, self._tools = system, tuple(tools)
         self.session_id, self.cache_salt = session_id, cache_salt
         self.epoch, self.supersedes = epoch, supersedes
+        # Whether the engine has to be told that what this session sent before is not sent again.
+        self._tells = False
         # All ids in one piece, as far as link number _flat_to.
         self._flat: array[int] = array(ID)
         self._flat_to = -1
@@ -149,7 +152,9 @@ class Ledger:
                 )
             while last.index >= at and last.before is not None:
                 last = last.before
-        return self._with(last, session_id=session_id)
+        other = self._with(last, session_id=session_id)
+        other._tells = self._tells and session_id == self.session_id
+        return other
 
     def _with(self, last: Link, **changes: Any) -> Ledger:
         kept: dict[str, Any] = {
@@ -294,12 +299,24 @@ class Ledger:
             body["session_id"] = self.session_id
         if self.cache_salt:
             body["cache_salt"] = self.cache_salt
+        parameters = self._parameters(fields)
         if kind == "completions":
-            return {**body, "prompt": ids, "add_special_tokens": False}
-        parameters = {**dict(fields.get("kv_transfer_params") or {}), "prompt_token_ids": ids}
+            told = {"kv_transfer_params": parameters} if parameters else {}
+            return {**body, **told, "prompt": ids, "add_special_tokens": False}
+        parameters = {**parameters, "prompt_token_ids": ids}
         if self._tools:
             body["tools"] = list(self._tools)
         return {**body, "messages": self.messages(), "kv_transfer_params": parameters}
+
+    def _parameters(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The body's `kv_transfer_params`. The first request of an epoch says that the prompts of
+        its session before it are superseded, so that their blocks go first, unless the caller has
+        hints of his own in it."""
+        given = dict(fields.get("kv_transfer_params") or {})
+        mine = given.get("kvmem") or {}
+        if self._tells and self.session_id and isinstance(mine, Mapping) and "hints" not in mine:
+            given["kvmem"] = {**mine, "hints": hints.envelope_of([hints.Supersede()])}
+        return given
 
     def retract(self) -> None:
         """The request that is out will not be answered; nothing of it was committed."""
@@ -356,6 +373,7 @@ class Ledger:
             message=canonical({**message, "role": "assistant"}), lead=lead, sampled=len(sampled),
         )  # fmt: skip
         self._asked = None
+        self._tells = False
         return self._last.span
 
     def _settled(self, what: str) -> None:
@@ -414,7 +432,8 @@ class Ledger:
         """The next epoch: another ledger with an edited history, the only way to have one.
 
         Spans before the first edit are shared; what the model sampled stays as it was sampled. This
-        ledger is as it was, and is what the new one `supersedes`.
+        ledger is as it was, and is what the new one `supersedes`: the first request of the new one
+        says so to the engine (`kv_transfer_params["kvmem"]["hints"]`).
 
         Raises:
             PrefixBroken: a request is out, or an edit names no message.
@@ -428,7 +447,9 @@ class Ledger:
         last = links[shared - 1]
         for piece in pieces[shared:]:
             last = self._again(last, piece)
-        return self._with(last, epoch=self.epoch + 1, supersedes=self.digest)
+        other = self._with(last, epoch=self.epoch + 1, supersedes=self.digest)
+        other._tells = True
+        return other
 
     def _again(self, last: Link, piece: Link | Message) -> Link:
         """The span after `last` that says what `piece` said."""

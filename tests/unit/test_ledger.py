@@ -25,6 +25,7 @@ from kvmem.context import (
     probe,
 )
 from kvmem.errors import ConfigError, PrefixBroken
+from kvmem.hints import Supersede, read_hints
 from tests.tiny_tokenizers import CHATML, TOOLS_FIRST, tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
@@ -503,3 +504,27 @@ def test_the_file_is_what_the_formats_page_says(tmp_path: Path) -> None:
     ids = array("I")
     ids.frombytes(told["ids"])
     assert ids.tolist() == one.tokens()
+
+
+def test_the_first_request_of_an_epoch_says_that_the_one_before_is_superseded() -> None:
+    told = {"version": 1, "actions": [{"do": "supersede", "session": ""}]}
+    one = ledger()
+    turn(one, "first", "yes")
+    turn(one, "second", "no")
+    one.append(user("third"))
+    assert "kv_transfer_params" not in one.request(model="m")
+    one.retract()
+    two = one.rewrite(Drop(1, 2)).fork("planner")  # a turn is asked on a fork of its own
+    body = two.request(model="m", kv_transfer_params={"kvmem": {"load": True}})
+    assert body["kv_transfer_params"] == {"kvmem": {"load": True, "hints": told}}
+    assert [type(action) for action in read_hints(told).actions] == [Supersede]
+    two.retract()
+    mine = {"kvmem": {"hints": {"version": 1, "actions": []}}}
+    assert two.request(model="m", kv_transfer_params=mine)["kv_transfer_params"] == mine
+    two.retract()
+    assert two.request("chat", model="m")["kv_transfer_params"]["kvmem"]["hints"] == told
+    two.retract()
+    assert "kv_transfer_params" not in two.fork("another").request(model="m")
+    two.commit(answer(two, "done"))
+    two.append(user("fourth"))
+    assert "kv_transfer_params" not in two.request(model="m")
