@@ -440,18 +440,24 @@ def test_what_an_agent_said_is_in_the_transcript_as_it_was_sampled(play: Any) ->
     play(work)
 
 
-def test_an_epoch_is_adopted_and_what_it_shares_is_found(play: Any) -> None:
+def test_an_epoch_is_adopted_and_what_it_shares_is_found(play: Any, server: Server) -> None:
     async def work(runtime: Runtime) -> None:
         one = runtime.session("epochs", system=SYSTEM * 8)
         await one.step("Where to?")
         kept = one.ledger.n_tokens
-        await one.step("Why there?")
+        await one.step("Why there? " + "Say it again, and slowly. " * 20)  # blocks of its own
         one.adopt(one.ledger.rewrite(Undo(1)))
         assert one.ledger.n_tokens == kept
         reply = await one.step("When?")
         assert reply.usage.cached_tokens >= whole(kept - 1)
+        await one.step("How?")
 
     play(work)
+    # The engine was told, once, that what was undone is not asked again.
+    told = httpx.get(f"{server.url}/v1/kvmem/receipts", timeout=30).json()["receipts"]
+    (one,) = [r for r in told if (r["do"], r["session"]) == ("supersede", "epochs")]
+    assert one["status"] in ("accepted", "deferred")
+    assert one["blocks"] > 0
 
 
 def test_a_refusal_says_what_the_engine_says_and_is_not_tried_again(play: Any) -> None:
