@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from kvmem.blame import Other, Turn, Verdict, judge_of, read_run, try_turn
 from kvmem.blame.page import page
 from kvmem.blame.runs import runs_in
 from kvmem.blame.values import CLASSES, INVOLVED
+from kvmem.cli.files import write_new
 from kvmem.errors import ConfigError, KVMemError
 
 __all__ = ["Options", "run"]
@@ -151,24 +151,7 @@ def _show(done: list[tuple[Path, list[tuple[Turn, Verdict]]]], options: Options)
     if options.output is None:
         sys.stdout.write(text)
         return
-    _write(options.output, text)
-
-
-def _write(path: Path, text: str) -> None:
-    """Into a new file that only this user may read."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise ConfigError(
-            f"{path} is there already", next_step="Remove it, or name another with --output."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be made: {error.strerror or error}",
-            next_step="Name a file in a folder of yours with --output.",
-        ) from None
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as out:
-        out.write(text)
+    write_new(options.output, text)
 
 
 def _print(console: Console, done: list[tuple[Path, list[tuple[Turn, Verdict]]]]) -> None:

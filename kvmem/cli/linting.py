@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import kvmem
+from kvmem.cli.files import write_new
 from kvmem.errors import ConfigError
 from kvmem.explain.lint import FileReport, lint_file, load_tokenizer
 from kvmem.explain.lint.fix import fix_file
@@ -113,24 +113,7 @@ def _show(reports: list[FileReport], options: Options) -> None:
     if options.output is None or options.fix:
         sys.stdout.write(text)
         return
-    _write(options.output, text)
-
-
-def _write(path: Path, text: str) -> None:
-    """Into a new file that only this user may read."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise ConfigError(
-            f"{path} is there already", next_step="Remove it, or name another with --output."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be made: {error.strerror or error}",
-            next_step="Name a file in a folder of yours with --output.",
-        ) from None
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as out:
-        out.write(text)
+    write_new(options.output, text)
 
 
 def _print(console: Console, report: FileReport) -> None:

@@ -6,6 +6,7 @@ attached ── no answer, or the connection ends ──▶ away ── greeted,
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import logging
 import threading
@@ -42,7 +43,7 @@ class Attachment(msgspec.Struct, frozen=True):
     namespace: bytes
 
 
-class Attaching:
+class Attaching(abc.ABC):
     """What a `NodeCache` is above: the connections, and the thread that makes them anew.
 
     Args: see `NodeCache`.
@@ -122,13 +123,13 @@ class Attaching:
             self.bus.emit(events.TierOn(tier="node", seconds=away_s))
         return self._channel is not None
 
+    @abc.abstractmethod
     def _attached(self, welcome: wire.Welcome, *, known: bool) -> None:
         """There is a node; it has kept what this engine had where it is `known`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _gone(self) -> None:
         """There is none any more."""
-        raise NotImplementedError
 
     def _lost(self, error: BaseException) -> None:
         """From now on there is no node, until one is attached to again."""
